@@ -1,0 +1,1 @@
+"""What more than one stage of the MedGemma Korean pipeline needs."""

@@ -1,0 +1,273 @@
+"""What every program does the same way: shared arguments, one error class, logging, exit codes.
+
+Exit codes: 0 done or already complete, 1 a bug (traceback in the log), 2 usage, input or environment error,
+3 gate, 130 interrupted with the state saved.
+"""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import logging
+import os
+import re
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+from medgemma_korean import profiles
+from medgemma_korean.paths import RunPaths
+
+EXIT_DONE, EXIT_BUG, EXIT_INPUT, EXIT_GATE, EXIT_INTERRUPTED = 0, 1, 2, 3, 130
+
+log = logging.getLogger("medgemma_korean")
+
+
+class PipelineError(Exception):
+    """Something a user can cause and repair. Its message is the whole answer: path, gap, next command."""
+
+    exit_code = EXIT_INPUT
+
+
+class GateError(PipelineError):
+    """A model is worse than the one it started from."""
+
+    exit_code = EXIT_GATE
+
+
+class Interrupted(Exception):
+    """A signal asked the program to end; what it had is saved."""
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse in the words of this project: a wrong option is one line and exit code 2."""
+
+    def error(self, message: str):
+        self.exit(EXIT_INPUT, f"error: {message}\nSee: {self.prog} --help\n")
+
+
+def make_parser(doc: str, *, device: bool = False, force: bool = True) -> argparse.ArgumentParser:
+    """A parser with the arguments that every program shares. `doc` is the program's docstring."""
+    parser = Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="tiny", help=f"one of: {', '.join(profiles.MODELS)} (default: tiny)")
+    parser.add_argument("--data-dir", metavar="D", help="folder that holds 01_raw (default: the model's own)")
+    parser.add_argument("--name", metavar="N", help="name of the run (default: the model, or <model>-<folder of D>)")
+    if force:
+        parser.add_argument(
+            "--force", action="store_true", help="redo a stage whose input or settings differ; old results are kept"
+        )
+    if device:
+        parser.add_argument("--device", help="cuda:0, cpu, ... (default: cuda:0 where there is one, else cpu)")
+    return parser
+
+
+def positive_int(text: str) -> int:
+    """argparse type: an integer of at least 1."""
+    try:
+        value = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is not at least 1")
+    return value
+
+
+def positive_float(text: str) -> float:
+    """argparse type: a finite number above 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not a number above 0")
+    return value
+
+
+def resolve(args: argparse.Namespace) -> tuple[profiles.ModelProfile, RunPaths]:
+    """The profile and the folders that the shared arguments name.
+
+    Raises PipelineError for an unknown model, a run name that is not one plain folder name, or a data folder
+    that does not exist.
+    """
+    profile = profiles.get(args.model)
+    if args.name is not None and not re.fullmatch(r"[\w가-힣][\w가-힣.+-]*", args.name):
+        raise PipelineError(f"--name {args.name!r}: use letters, digits, '.', '_' or '-' only")
+    paths = RunPaths.of(profile.name, profile.data, args.data_dir, args.name)
+    if args.data_dir and not paths.data.is_dir():
+        raise PipelineError(f"--data-dir {args.data_dir}: no such folder")
+    if not re.fullmatch(r"[\w가-힣][\w가-힣.+-]*", paths.name):
+        raise PipelineError(f"the run would be called {paths.name!r}; give it a plain name with --name")
+    return profile, paths
+
+
+# logging ------------------------------------------------------------------------------------------------
+
+
+class _Mask(logging.Filter):
+    """Keeps access tokens and e-mail addresses out of every log line."""
+
+    SECRETS = re.compile(r"hf_[A-Za-z0-9]{10,}|(?<=Bearer )\S+|[\w.+-]{1,64}@[\w-]{1,64}\.[\w.]{2,20}")
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        record.msg, record.args = self.SECRETS.sub("***", record.getMessage()), ()
+        return True
+
+
+# Loggers whose warnings repeat in every process and tell a user nothing. Named one by one, so that a warning
+# of any other library is still seen.
+QUIET_LOGGERS = (
+    "transformers.modeling_utils",
+    "transformers.trainer",
+    "transformers.configuration_utils",
+    "transformers.generation.utils",
+    "transformers.tokenization_utils_base",
+    "transformers.utils.import_utils",
+    "trl",
+    "peft",
+    "bitsandbytes",
+    "accelerate",
+    "datasets",
+    "torch.utils.checkpoint",
+    "torchao",
+    "absl",
+)
+
+
+def start_logging(paths: RunPaths, program: str) -> None:
+    """Log to the terminal and, with the time, to `logs/pipeline_<name>.log`."""
+    paths.logs.mkdir(parents=True, exist_ok=True)
+    log.setLevel(logging.INFO)
+    log.handlers.clear()
+    terminal = logging.StreamHandler(sys.stdout)
+    terminal.setFormatter(logging.Formatter("%(message)s"))
+    file = logging.FileHandler(paths.log, encoding="utf-8")
+    file.setFormatter(logging.Formatter(f"%(asctime)s {program}: %(message)s", "%Y-%m-%d %H:%M:%S"))
+    for handler in (terminal, file):
+        handler.addFilter(_Mask())
+        log.addHandler(handler)
+    log.propagate = False
+    for name in QUIET_LOGGERS:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    # Progress bars belong to a terminal. Libraries draw theirs unless told otherwise.
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+# signals ------------------------------------------------------------------------------------------------
+
+_stop_requested: list[str] = []
+
+
+def stop_requested() -> bool:
+    """True once SIGTERM, SIGINT or SIGHUP has arrived."""
+    return bool(_stop_requested)
+
+
+def _on_signal(number: int, frame: object) -> None:
+    # The first signal lets a training step finish and save; a program that does not poll ends at once.
+    _stop_requested.append(signal.Signals(number).name)
+    if not _polling or len(_stop_requested) > 1:
+        raise Interrupted(_stop_requested[0])
+
+
+_polling: list[bool] = []
+
+
+def poll_for_stop(active: bool) -> None:
+    """While active, a signal only sets `stop_requested()`, so that a step can end and save first."""
+    _polling.clear()
+    if active:
+        _polling.append(True)
+
+
+def run(main: Callable[[], int | None]) -> int:
+    """Run a program's main and turn its outcome into an exit code.
+
+    One message for what a user can cause; a traceback, in the log, only for a bug.
+    """
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, _on_signal)
+    try:
+        return int(main() or EXIT_DONE)
+    except PipelineError as error:
+        _say(f"error: {error}")
+        return error.exit_code
+    except (Interrupted, KeyboardInterrupt) as error:
+        _say(f"interrupted ({error or 'SIGINT'}); run the same command again to continue")
+        return EXIT_INTERRUPTED
+    except MemoryError:
+        _say("error: out of memory; give --batch-size a smaller value or use a machine with more memory")
+        return EXIT_INPUT
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            _say(f"error: no space left on the disk of {error.filename or Path.cwd()}; free some and run again")
+        elif error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
+            _say(f"error: no permission for {error.filename}: {error.strerror}")
+        else:
+            _say(traceback.format_exc())
+            return EXIT_BUG
+        return EXIT_INPUT
+    except BrokenPipeError:
+        return EXIT_DONE
+    except Exception:
+        _say(traceback.format_exc() + "this is a bug; please report it with the lines above")
+        return EXIT_BUG
+
+
+def _say(message: str) -> None:
+    if log.handlers:
+        log.error(message)
+    else:
+        print(_Mask.SECRETS.sub("***", message), file=sys.stderr)
+
+
+def count(number: int, noun: str) -> str:
+    """`1 row`, `2 rows`, `1,234 rows`."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
+def table(rows: list[list[str]], header: list[str]) -> str:
+    """Left-aligned first column, right-aligned others, widths counted in terminal cells (Hangul is two wide)."""
+    from unicodedata import east_asian_width
+
+    def width(cell: str) -> int:
+        return sum(2 if east_asian_width(c) in "WF" else 1 for c in cell)
+
+    cells = [header, *[[str(cell) for cell in row] for row in rows]]
+    widths = [max(width(row[i]) for row in cells) for i in range(len(header))]
+
+    def line(row: list[str]) -> str:
+        padded = [
+            cell + " " * (w - width(cell)) if i == 0 else " " * (w - width(cell)) + cell
+            for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        ]
+        return "  ".join(padded).rstrip()
+
+    return "\n".join([line(cells[0]), "  ".join("-" * w for w in widths), *map(line, cells[1:])])
+
+
+class Every:
+    """True at most once in `seconds`: `if tick(): log.info(...)` keeps a log to one line a minute."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds, self.last = seconds, time.monotonic()
+
+    def __call__(self) -> bool:
+        now = time.monotonic()
+        if now - self.last < self.seconds:
+            return False
+        self.last = now
+        return True
+
+
+def shared_argv(args: argparse.Namespace) -> list[str]:
+    """The shared arguments of a parsed command line, to hand to another program."""
+    argv = ["--model", args.model]
+    for option in ("data_dir", "name", "device"):
+        if getattr(args, option, None):
+            argv += [f"--{option.replace('_', '-')}", getattr(args, option)]
+    return argv + (["--force"] if getattr(args, "force", False) else [])

@@ -1,0 +1,266 @@
+"""Scoring: option letters, bits per character, and the gate. One harness for every model of a run.
+
+torch is imported inside functions.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from medgemma_korean import mcq, prompts, records, statistics
+from medgemma_korean import tokenizer as tokenizers
+from medgemma_korean.cli import PipelineError
+from medgemma_korean.paths import RunPaths
+from medgemma_korean.profiles import ModelProfile
+
+# What is held out, by the name under which its bits per character are reported.
+LANGUAGES = ("korean", "medical", "english")
+
+
+def dev_items(paths: RunPaths, limit: int | None = None) -> list[dict[str, Any]]:
+    """The dev items in their fixed order. Raises PipelineError when there is none."""
+    items = list(records.read_jsonl(paths.mcq / "dev.jsonl"))
+    if not items:
+        raise PipelineError(f"{paths.mcq / 'dev.jsonl'}: no dev questions; nothing could be scored")
+    return items[:limit] if limit else items
+
+
+def held_out_texts(paths: RunPaths, profile: ModelProfile) -> dict[str, list[str]]:
+    """The held-out texts: Korean and English validation documents and the dev questions, whole documents each.
+
+    The first documents up to `score_characters` characters of each, so that every model sees the same text.
+    """
+    medical = [f"{item['question']}\n{prompts.options(item)}" for item in dev_items(paths)]
+    found = {
+        "korean": [row["text"] for row in records.read_jsonl(paths.plain_text / "validation.jsonl")],
+        "medical": medical,
+        "english": [row["text"] for row in records.read_jsonl(paths.english_replay / "validation.jsonl")],
+    }
+    for name, texts in found.items():
+        if not texts:
+            raise PipelineError(f"no held-out {name} text; bits per character cannot be measured")
+        found[name] = _first_characters(texts, profile.score_characters)
+    return found
+
+
+def _first_characters(texts: list[str], limit: int) -> list[str]:
+    kept, total = [], 0
+    for text in texts:
+        kept.append(text)
+        total += len(text)
+        if total >= limit:
+            break
+    return kept
+
+
+# letters ------------------------------------------------------------------------------------------------
+
+
+def letter_ids(tokenizer: Any) -> dict[str, int]:
+    """The token id of each bare answer letter right after the generation prompt.
+
+    Raises AssertionError when a letter is not one token there: option scores would compare different things.
+    """
+    item = {"question": "?", **{letter: letter.lower() for letter in prompts.LETTERS}}
+    found = {}
+    for letter in prompts.LETTERS:
+        ids, start = prompts.render(tokenizer, prompts.mcq_direct(item), letter)
+        found[letter] = ids[start]
+        assert ids[start + 1] == tokenizer.convert_tokens_to_ids(tokenizers.END_OF_TURN), f"{letter} is not one token"
+    return found
+
+
+def score_letters(
+    model: Any,
+    tokenizer: Any,
+    items: Sequence[Mapping[str, Any]],
+    batch: int,
+    tick: Callable[[int, int], None] | None = None,
+) -> list[dict[str, Any]]:
+    """Predict each item's letter as the option with the highest log-probability after the evaluation prompt.
+
+    Left padding, one forward pass a batch, logits of the last position only. Items are batched by length and
+    returned in their order as {"id", "exam", "gold", "predicted", "reason", "log_probs"}; log_probs are natural
+    logarithms over the whole vocabulary.
+    """
+    import torch
+
+    ids = letter_ids(tokenizer)
+    encoded = [prompts.render(tokenizer, prompts.mcq_direct(item))[0] for item in items]
+    order = sorted(range(len(items)), key=lambda i: (len(encoded[i]), i))
+    device = next(model.parameters()).device
+    results: list[dict[str, Any] | None] = [None] * len(items)
+    model.eval()
+    with torch.inference_mode():
+        for start in range(0, len(order), batch):
+            chosen = order[start : start + batch]
+            width = max(len(encoded[i]) for i in chosen)
+            input_ids = torch.full((len(chosen), width), tokenizer.pad_token_id)
+            mask = torch.zeros_like(input_ids)
+            for row, i in enumerate(chosen):
+                input_ids[row, width - len(encoded[i]) :] = torch.tensor(encoded[i])
+                mask[row, width - len(encoded[i]) :] = 1
+            logits = model(
+                input_ids=input_ids.to(device), attention_mask=mask.to(device), logits_to_keep=1, use_cache=False
+            ).logits[:, -1]
+            log_probs = torch.log_softmax(logits.float(), dim=-1).cpu()
+            for row, i in enumerate(chosen):
+                letters = prompts.letters_of(items[i])
+                scores = {letter: log_probs[row, ids[letter]].item() for letter in letters}
+                finite = all(math.isfinite(v) for v in scores.values())
+                results[i] = {
+                    "id": items[i]["id"],
+                    "exam": items[i].get("exam", ""),
+                    "gold": items[i]["answer"],
+                    "predicted": max(letters, key=lambda letter: scores[letter]) if finite else None,
+                    "reason": "highest log-probability" if finite else "log-probabilities are not finite",
+                    "log_probs": {k: round(v, 6) for k, v in scores.items()} if finite else {},
+                }
+            if tick:
+                tick(start + len(chosen), len(order))
+    return [row for row in results if row is not None]
+
+
+# bits per character -------------------------------------------------------------------------------------
+
+
+def bits_per_character(model: Any, tokenizer: Any, texts: Sequence[str], window: int, batch: int) -> float:
+    """Negative log2-likelihood of the texts over their number of characters; comparable across tokenizers.
+
+    A text longer than `window` tokens is scored by a sliding window with half a window of context; every token is
+    scored once. Each window starts with `<bos>`, which is not counted.
+    """
+    pieces: list[tuple[list[int], int]] = []  # (ids of a window, position of the first token to score)
+    for text in texts:
+        ids = tokenizers.encode(tokenizer, text)
+        stride = max(window // 2, 1)
+        start = 0
+        while start < len(ids):
+            begin = max(0, start - (window - 1 - stride)) if start else 0
+            end = min(len(ids), begin + window - 1)
+            pieces.append(([tokenizer.bos_token_id, *ids[begin:end]], 1 + start - begin))
+            start = end
+    nats = sum(_window_losses(model, tokenizer, pieces, batch))
+    return nats / math.log(2) / sum(map(len, texts))
+
+
+def _window_losses(model: Any, tokenizer: Any, pieces: list[tuple[list[int], int]], batch: int) -> list[float]:
+    """Summed negative log-likelihood (nats) of each window's scored part; never builds the logits of a whole batch."""
+    import torch
+    from torch.nn.functional import cross_entropy
+
+    device = next(model.parameters()).device
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    head = base.get_output_embeddings()
+    order = sorted(range(len(pieces)), key=lambda i: (len(pieces[i][0]), i))
+    losses = [0.0] * len(pieces)
+    model.eval()
+    with torch.inference_mode():
+        for start in range(0, len(order), batch):
+            chosen = order[start : start + batch]
+            width = max(len(pieces[i][0]) for i in chosen)
+            ids = torch.full((len(chosen), width), tokenizer.pad_token_id)
+            mask = torch.zeros_like(ids)
+            for row, i in enumerate(chosen):
+                ids[row, : len(pieces[i][0])] = torch.tensor(pieces[i][0])
+                mask[row, : len(pieces[i][0])] = 1
+            ids = ids.to(device)
+            hidden = base.model(input_ids=ids, attention_mask=mask.to(device), use_cache=False).last_hidden_state
+            for row, i in enumerate(chosen):
+                length, first = len(pieces[i][0]), pieces[i][1]
+                states, gold = hidden[row, first - 1 : length - 1], ids[row, first:length]
+                for at in range(0, len(gold), 256):
+                    logits = head(states[at : at + 256]).float()
+                    losses[i] += cross_entropy(logits, gold[at : at + 256], reduction="sum").item()
+    return losses
+
+
+# everything that a run reports of one model -------------------------------------------------------------
+
+
+def evaluate(
+    model: Any,
+    tokenizer: Any,
+    paths: RunPaths,
+    profile: ModelProfile,
+    *,
+    which: str,
+    precision: str,
+    eval_samples: int | None = None,
+    tick: Callable[[int, int], None] | None = None,
+) -> dict[str, Any]:
+    """Score one model on the held-out texts and the dev items. Raises PipelineError when a score is not finite."""
+    items = dev_items(paths, eval_samples)
+    predictions = score_letters(model, tokenizer, items, profile.score_batch, tick)
+    texts = held_out_texts(paths, profile)
+    bits = {
+        name: bits_per_character(model, tokenizer, texts[name], profile.score_window, profile.score_batch)
+        for name in LANGUAGES
+    }
+    if not all(math.isfinite(value) for value in bits.values()):
+        raise PipelineError(f"{which}: bits per character are not finite ({bits}); the model is broken")
+    return {
+        "which": which,
+        "precision": precision,
+        "protocol": "letter",
+        "split": "dev",
+        "items": records.digest_of([[item["id"], item["question"]] for item in items]),
+        "mcq": mcq.score(predictions),
+        "bits_per_character": bits,
+        "tokens_per_character": {name: tokenizers.tokens_per_character(tokenizer, texts[name]) for name in LANGUAGES},
+        "predictions": predictions,
+    }
+
+
+def compare(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any]:
+    """Exact McNemar test of two evaluations on identical items.
+
+    Raises PipelineError when the items or the precision differ: such numbers must not be compared.
+    """
+    for key, what in (("items", "other items"), ("precision", "another precision"), ("protocol", "another protocol")):
+        if before[key] != after[key]:
+            raise PipelineError(f"{before['which']} and {after['which']} were scored with {what}; score both again")
+    b, c = statistics.discordant(_correct(before), _correct(after))
+    return {
+        "before": before["which"],
+        "wrong_to_right": b,
+        "right_to_wrong": c,
+        "p": statistics.mcnemar(b, c),
+        "accuracy_change": after["mcq"]["accuracy"] - before["mcq"]["accuracy"],
+    }
+
+
+def _correct(evaluation: Mapping[str, Any]) -> dict[str, bool]:
+    return {row["id"]: row["predicted"] == row["gold"] for row in evaluation["predictions"]}
+
+
+def gate(base: Mapping[str, Any], after: Mapping[str, Any], profile: ModelProfile) -> dict[str, Any]:
+    """Whether a stage may hand on its model: not significantly worse than the base on dev, English kept.
+
+    Returns {"passed", "reasons", "p", "english_ratio"}.
+    """
+    change = compare(base, after)
+    ratio = after["bits_per_character"]["english"] / base["bits_per_character"]["english"]
+    reasons = []
+    if change["accuracy_change"] < 0 and change["p"] < profile.gate_p:
+        reasons.append(
+            f"dev accuracy fell from {base['mcq']['accuracy']:.1%} (base) to {after['mcq']['accuracy']:.1%}, "
+            f"McNemar p = {change['p']:.2g}"
+        )
+    if ratio > profile.gate_english:
+        reasons.append(
+            f"English bits per character rose by {ratio - 1:.1%} over the base, more than {profile.gate_english - 1:.0%}"
+        )
+    return {"passed": not reasons, "reasons": reasons, "p": change["p"], "english_ratio": ratio}
+
+
+def summary(evaluation: Mapping[str, Any]) -> str:
+    """One line: accuracy with its interval, and bits per character."""
+    score, bits = evaluation["mcq"], evaluation["bits_per_character"]
+    return (
+        f"dev {score['accuracy']:.1%} ({score['lower']:.1%} to {score['upper']:.1%}, "
+        f"majority letter {score['majority_accuracy']:.1%}), bits per character Korean {bits['korean']:.3f}, "
+        f"medical {bits['medical']:.3f}, English {bits['english']:.3f}"
+    )

@@ -1,0 +1,180 @@
+"""Reading and writing rows: JSONL, JSON and Parquet, streamed, with the file and line in every error.
+
+Writers are atomic: a file is written beside its place, flushed to disk and renamed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from medgemma_korean.cli import PipelineError
+
+ROW_SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".parquet")
+
+
+def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
+    """Rows of a JSONL file (`.gz` too, UTF-8, byte-order mark tolerated), blank lines skipped.
+
+    Raises PipelineError with file and line for bytes that are not UTF-8, a line that is not JSON, or a row that
+    is not an object.
+    """
+    if not path.is_file():
+        raise PipelineError(f"{path}: no such file")
+    opener = gzip.open if path.suffix == ".gz" else open
+    number = 0
+    try:
+        with opener(path, "rb") as file:
+            for number, line in enumerate(file, 1):
+                if number == 1:
+                    line = line.removeprefix(b"\xef\xbb\xbf")
+                if not line.strip():
+                    continue
+                yield _parse_line(line, path, number)
+    except (EOFError, gzip.BadGzipFile) as error:
+        raise PipelineError(f"{path}, line {number + 1}: damaged or cut gzip file ({error})") from None
+
+
+def _parse_line(line: bytes, path: Path, number: int) -> dict[str, Any]:
+    try:
+        row = json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise PipelineError(f"{path}, line {number}: not UTF-8 (byte {error.start})") from None
+    except (json.JSONDecodeError, RecursionError) as error:
+        reason = error.msg if isinstance(error, json.JSONDecodeError) else "nested too deeply"
+        raise PipelineError(f"{path}, line {number}: not valid JSON ({reason})") from None
+    if not isinstance(row, dict):
+        raise PipelineError(f"{path}, line {number}: expected a JSON object, found {type(row).__name__}")
+    return row
+
+
+def read_json(path: Path) -> Any:
+    """A whole JSON file. Raises PipelineError with file and line."""
+    if not path.is_file():
+        raise PipelineError(f"{path}: no such file")
+    try:
+        return json.loads(path.read_bytes().decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise PipelineError(f"{path}: not UTF-8 (byte {error.start})") from None
+    except json.JSONDecodeError as error:
+        raise PipelineError(f"{path}, line {error.lineno}: not valid JSON ({error.msg})") from None
+    except RecursionError:
+        raise PipelineError(f"{path}: JSON nested too deeply") from None
+
+
+def read_parquet(path: Path, columns: list[str] | None = None) -> Iterator[dict[str, Any]]:
+    """Rows of a Parquet file, one batch of 1,000 in memory at a time. Raises PipelineError when it is damaged."""
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        file = pyarrow.parquet.ParquetFile(path)
+        wanted = [c for c in columns if c in file.schema_arrow.names] if columns else None
+        for batch in file.iter_batches(batch_size=1000, columns=wanted):
+            yield from batch.to_pylist()
+    except (pyarrow.ArrowInvalid, pyarrow.ArrowException, OSError) as error:
+        raise PipelineError(f"{path}: damaged Parquet file ({str(error).splitlines()[0]})") from None
+
+
+def row_files(folder: Path) -> list[Path]:
+    """The row files of a folder and its sub-folders, sorted, hidden ones left out; the file itself for a file."""
+    if folder.is_file():
+        return [folder]
+    found = (p for p in folder.rglob("*") if p.is_file() and p.name.endswith(ROW_SUFFIXES))
+    return sorted(p for p in found if not any(part.startswith(".") for part in p.relative_to(folder).parts))
+
+
+def read_rows(path: Path) -> Iterator[dict[str, Any]]:
+    """Rows of one file by its suffix; a `.json` file must hold a list of objects."""
+    if path.name.endswith((".jsonl", ".jsonl.gz")):
+        yield from read_jsonl(path)
+    elif path.suffix == ".parquet":
+        yield from read_parquet(path)
+    elif path.suffix == ".json":
+        rows = read_json(path)
+        if not isinstance(rows, list) or any(not isinstance(row, dict) for row in rows):
+            raise PipelineError(f"{path}: expected a JSON list of objects")
+        yield from rows
+    else:
+        raise PipelineError(f"{path}: cannot read this kind of file; known are {', '.join(ROW_SUFFIXES)}")
+
+
+@contextlib.contextmanager
+def atomic_open(path: Path) -> Iterator[IO[str]]:
+    """Open `path` for writing UTF-8 text; it appears under its name only when the block ends without an error."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with open(part, "w", encoding="utf-8", newline="\n") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def dump(value: Any) -> str:
+    """One line of JSON, readable Hangul, no NaN."""
+    return json.dumps(value, ensure_ascii=False, allow_nan=False)
+
+
+def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> int:
+    """Write rows, one a line; returns how many."""
+    number = 0
+    with atomic_open(path) as file:
+        for number, row in enumerate(rows, 1):
+            file.write(dump(row) + "\n")
+    return number
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file, indented by one space."""
+    with atomic_open(path) as file:
+        json.dump(value, file, ensure_ascii=False, allow_nan=False, indent=1)
+        file.write("\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    with atomic_open(path) as file:
+        file.write(text)
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a file's bytes."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _sha256(file)
+
+
+def _sha256(file: IO[bytes]) -> str:  # Python 3.10 has no file_digest
+    digest = hashlib.sha256()
+    while block := file.read(1 << 20):
+        digest.update(block)
+    return digest.hexdigest()
+
+
+def digest_of(value: Any) -> str:
+    """sha256 of a value's canonical JSON."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+
+
+def move_aside(path: Path) -> Path | None:
+    """Rename an existing result to `<name>.previous` (`.previous.2`, ... where that is taken); None if absent."""
+    if not path.exists():
+        return None
+    target, number = path.with_name(path.name + ".previous"), 2
+    while target.exists():
+        target, number = path.with_name(f"{path.name}.previous.{number}"), number + 1
+    path.rename(target)
+    return target
+
+
+def read_back(value: Any) -> Any:
+    """The value as JSON would return it (tuples become lists), so that stored and fresh settings compare equal."""
+    return json.loads(json.dumps(value, ensure_ascii=False))

@@ -1,0 +1,419 @@
+"""The stage record: what a program read, with which settings, and that it is complete.
+
+A stage writes into a hidden temporary neighbour, publishes by rename, and writes its record last: the record's
+presence means complete. The fingerprint is made of upstream fingerprints, settings and the stage's format
+number; paths, versions and times are recorded, not compared, so that a move or an update does not throw away a
+training.
+
+    stage = Stage("refine_01_english_korean", paths, settings=..., inputs=[...], outputs=[paths.pairs], format=1)
+    if (code := stage.already_complete()) is not None:
+        return code
+    with stage.work() as folder:
+        ...                                # write folder / "01_english_korean" / ...
+        stage.complete(counts={...})
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import os
+import platform
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from medgemma_korean import progress, records
+from medgemma_korean.cli import EXIT_DONE, EXIT_GATE, GateError, Interrupted, PipelineError, log
+from medgemma_korean.paths import RunPaths, show
+
+RECORD_NAME = "stage.json"
+LIBRARIES = (
+    "torch",
+    "transformers",
+    "peft",
+    "trl",
+    "bitsandbytes",
+    "accelerate",
+    "datasets",
+    "tokenizers",
+    "safetensors",
+)
+
+
+@dataclass(frozen=True)
+class Input:
+    """Something a stage reads.
+
+    role: the name it is compared under, for instance "plain text".
+    path: a file or folder.
+    record: the record of the stage that made it; None for raw files, which are compared by content.
+    repair: the command that makes it.
+    optional: absent is allowed, and is itself part of the fingerprint.
+    """
+
+    role: str
+    path: Path
+    record: Path | None = None
+    repair: str = ""
+    optional: bool = False
+
+
+def files_under(path: Path) -> list[Path]:
+    """Regular files of a file or folder, sorted, records and hidden files left out."""
+    if path.is_file():
+        return [path]
+    found = []
+    for p in path.rglob("*"):
+        parts = p.relative_to(path).parts
+        if p.is_file() and p.name != RECORD_NAME and not any(part.startswith(".") for part in parts):
+            found.append(p)
+    return sorted(found)
+
+
+def describe(paths: list[Path], home: Path, hashed: bool = True) -> dict[str, dict[str, Any]]:
+    """Size, time and sha256 of every file under `paths`, by its path relative to `home`."""
+    described = {}
+    for path in paths:
+        for file in files_under(path):
+            stat = file.stat()
+            entry: dict[str, Any] = {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
+            if hashed:
+                entry["sha256"] = records.sha256(file)
+            described[os.path.relpath(file, home)] = entry
+    return described
+
+
+def changed_files(described: dict[str, dict[str, Any]], home: Path, thorough: bool = False) -> list[str]:
+    """What no longer matches its description. Quick: size and time; a new time alone makes it compare sha256."""
+    wrong = []
+    for relative, entry in described.items():
+        file = home / relative
+        if not file.is_file():
+            wrong.append(f"{show(file)} is missing")
+            continue
+        stat = file.stat()
+        if stat.st_size != entry["size"]:
+            wrong.append(f"{show(file)} has {stat.st_size:,} bytes, not {entry['size']:,}")
+        elif (thorough or stat.st_mtime_ns != entry["mtime_ns"]) and records.sha256(file) != entry["sha256"]:
+            wrong.append(f"{show(file)} has other content than when it was made")
+    return wrong
+
+
+def read_record(path: Path) -> dict[str, Any] | None:
+    """The record at `path`, or None where the stage is not complete."""
+    return records.read_json(path) if path.is_file() else None
+
+
+def check_outputs(record_path: Path, thorough: bool = False) -> list[str]:
+    """What of a complete stage's outputs is missing or altered."""
+    record = records.read_json(record_path)
+    return changed_files(record["outputs"], record_path.parent / record["home"], thorough)
+
+
+def versions() -> dict[str, str]:
+    """Python and library versions, read without importing the libraries."""
+    found = {"python": platform.python_version()}
+    for name in LIBRARIES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
+
+
+@dataclass
+class Stage:
+    """One program's run over its folders.
+
+    program: its name, as in the record. paths: the run's folders.
+    outputs: what it publishes; a model stage has exactly one folder, and its record lies inside.
+    settings: resolved values that change the result (JSON). format: raise it when the code changes the result.
+    """
+
+    program: str
+    paths: RunPaths
+    outputs: list[Path]
+    inputs: list[Input]
+    settings: dict[str, Any]
+    format: int = 1
+    force: bool = False
+    allow_regression: bool = False
+    driver_stage: str | None = None
+    warnings: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.is_model = len(self.outputs) == 1 and self.outputs[0].is_relative_to(self.paths.models)
+        if self.is_model:
+            self.record_path = self.outputs[0] / RECORD_NAME
+            self._work = self.outputs[0].with_name(f".{self.outputs[0].name}.partial")
+        else:
+            self.record_path = self.paths.record(self.program)
+            self._work = self.record_path.parent / f"{self.program}.partial"
+        self._identity: dict[str, Any] | None = None
+        self._started = time.monotonic()
+        self._resumed = False
+
+    # identity -------------------------------------------------------------------------------------------
+    def identity(self) -> dict[str, Any]:
+        """What the fingerprint is made of. Raises PipelineError for an input that is absent or incomplete."""
+        if self._identity is None:
+            problems: list[str] = []
+            inputs = {}
+            for item in self.inputs:
+                value = self._input_fingerprint(item, problems)
+                inputs[item.role] = value
+            if problems:
+                raise PipelineError("\n".join(problems))
+            self._identity = {
+                "program": self.program,
+                "format": self.format,
+                "settings": records.read_back(self.settings),
+                "inputs": inputs,
+            }
+        return self._identity
+
+    def _input_fingerprint(self, item: Input, problems: list[str]) -> str | None:
+        hint = f"; run: {item.repair}" if item.repair else ""
+        if item.record is not None:
+            record = read_record(item.record)
+            if record is None:
+                if item.optional:
+                    return None
+                state = "is incomplete (no stage record)" if item.path.exists() else "does not exist"
+                problems.append(f"{item.role}: {show(item.path)} {state}{hint}")
+                return None
+            return record["fingerprint"]
+        if not item.path.exists():
+            if not item.optional:
+                problems.append(f"{item.role}: {show(item.path)} does not exist{hint}")
+            return None
+        files = files_under(item.path)
+        if not files and not item.optional:
+            problems.append(f"{item.role}: {show(item.path)} holds no files{hint}")
+        base = item.path if item.path.is_dir() else item.path.parent
+        return records.digest_of({str(f.relative_to(base)): self._known_sha256(f) for f in files})
+
+    def _known_sha256(self, file: Path) -> str:
+        """sha256 of a raw file, taken from our own record while size and time are unchanged."""
+        if not hasattr(self, "_known"):
+            record = read_record(self.record_path) or {}
+            self._known = {str(Path(k)): v for k, v in record.get("raw_files", {}).items()}
+        stat = file.stat()
+        entry = self._known.get(os.path.relpath(file, self.paths.data))
+        if entry and entry["size"] == stat.st_size and entry["mtime_ns"] == stat.st_mtime_ns:
+            return entry["sha256"]
+        return records.sha256(file)
+
+    @property
+    def fingerprint(self) -> str:
+        return records.digest_of(self.identity())
+
+    # before ---------------------------------------------------------------------------------------------
+    def already_complete(self) -> int | None:
+        """0 when this stage is complete with the same fingerprint (3 if its gate failed), None when it must run.
+
+        Raises PipelineError when a complete or begun result differs and `force` was not given.
+        """
+        record = read_record(self.record_path)
+        if record is None:
+            return None
+        differences = self._differences(record)
+        if not differences:
+            differences = check_outputs(self.record_path)
+        if differences:
+            if self.force:
+                log.info("redoing %s: %s", self.program, "; ".join(differences))
+                return None
+            raise PipelineError(
+                f"{show(self.record_path)}: this stage is complete, but something differs:\n  "
+                + "\n  ".join(differences)
+                + "\nTo redo it and what depends on it, add --force (old results are kept as .previous)."
+            )
+        self._report(state="complete")
+        gate = record.get("gate")
+        if gate and not gate["passed"] and not self.allow_regression:
+            log.error("already complete, and its gate failed: %s", "; ".join(gate["reasons"]))
+            return EXIT_GATE
+        log.info("%s: already complete (%s)", self.program, show(self.record_path.parent))
+        return EXIT_DONE
+
+    def _differences(self, record: dict[str, Any]) -> list[str]:
+        old, new = record["identity"], self.identity()
+        if records.digest_of(old) == records.digest_of(new):
+            return []
+        found = []
+        if old["format"] != new["format"]:
+            found.append(f"format of {self.program}: {old['format']} -> {new['format']}")
+        for role in sorted(old["inputs"].keys() | new["inputs"].keys()):
+            if old["inputs"].get(role) != new["inputs"].get(role):
+                found.append(f"input changed: {role}")
+        found += _differing("settings", old["settings"], new["settings"])
+        return found or ["the record"]
+
+    def _verify_inputs(self) -> None:
+        """Hash every input made by another stage; refuse an incomplete, altered or gate-failed one."""
+        for item in self.inputs:
+            record = read_record(item.record) if item.record else None
+            if record is None:
+                continue
+            home = item.record.parent / record["home"]
+            inside = {
+                k: v for k, v in record["outputs"].items() if (home / k).resolve().is_relative_to(item.path.resolve())
+            }
+            wrong = changed_files(inside, home, thorough=True)
+            if wrong:
+                raise PipelineError(
+                    f"{item.role} is not what {record['program']} made:\n  "
+                    + "\n  ".join(wrong)
+                    + (f"\nMake it again: {item.repair} --force" if item.repair else "")
+                )
+            gate = record.get("gate")
+            if gate and not gate["passed"] and not self.allow_regression:
+                raise GateError(
+                    f"{item.role}: the gate of {record['program']} failed ({'; '.join(gate['reasons'])}); "
+                    "to build on it all the same, add --allow-regression"
+                )
+
+    # during ---------------------------------------------------------------------------------------------
+    @contextlib.contextmanager
+    def work(self, resumable: bool = False) -> Iterator[Path]:
+        """The temporary neighbour to write into. It is kept on error; a resumable stage continues in it."""
+        self._verify_inputs()
+        identity_file = self._work / ".identity.json"
+        if self._work.exists():
+            begun = records.read_json(identity_file) if identity_file.is_file() else None
+            if resumable and begun is not None:
+                differences = self._differences({"identity": begun})
+                if not differences:
+                    self._resumed = True
+                    log.info("continuing in %s", show(self._work))
+                elif not self.force:
+                    raise PipelineError(
+                        f"{show(self._work)} was begun with something else:\n  "
+                        + "\n  ".join(differences)
+                        + "\nRepeat the command that began it, or add --force to start anew (the old one is kept)."
+                    )
+                else:
+                    records.move_aside(self._work)
+            else:
+                shutil.rmtree(self._work)
+        self._work.mkdir(parents=True, exist_ok=True)
+        records.write_json(identity_file, self.identity())
+        self._report(state="running", percent=0.0)
+        try:
+            yield self._work
+        except (Interrupted, KeyboardInterrupt):
+            self._report(state="interrupted")
+            raise
+        except GateError:
+            self._report(state="gate")
+            raise
+        except BaseException as error:
+            self._report(state="failed", metric=str(error).splitlines()[0][:100] if str(error) else "")
+            raise
+
+    @property
+    def resumed(self) -> bool:
+        """True when `work` continued an interrupted run."""
+        return self._resumed
+
+    def _report(self, **values: Any) -> None:
+        progress.update(self.paths, self.program, self.driver_stage, **values)
+
+    def tick(self, done: int, total: int, metric: str = "") -> None:
+        """Tell the progress file how far this stage is."""
+        self._report(state="running", done=done, total=total, metric=metric)
+
+    # after ----------------------------------------------------------------------------------------------
+    def complete(
+        self,
+        *,
+        counts: dict[str, Any] | None = None,
+        steps: int | None = None,
+        scores: dict[str, Any] | None = None,
+        gate: dict[str, Any] | None = None,
+        metric: str = "",
+        **more: Any,
+    ) -> None:
+        """Publish the work folder's content under the outputs' names, and last the record.
+
+        Raises PipelineError when an output was not made, GateError (after publishing) when the gate failed.
+        """
+        (self._work / ".identity.json").unlink()
+        home = self.outputs[0] if self.is_model else self.paths.data
+        record: dict[str, Any] = {
+            "program": self.program,
+            "fingerprint": self.fingerprint,
+            "identity": self.identity(),
+            "home": os.path.relpath(home, self.record_path.parent),
+            "inputs": {i.role: os.path.relpath(i.path, home) for i in self.inputs},
+            "raw_files": self._raw_files(),
+            "settings": records.read_back(self.settings),
+            "counts": counts or {},
+            "steps": steps,
+            "scores": scores,
+            "gate": gate,
+            "warnings": self.warnings,
+            "versions": versions(),
+            "seconds": round(time.monotonic() - self._started, 1),
+            "finished": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+            **more,
+        }
+        if self.is_model:
+            record["outputs"] = describe([self._work], self._work)
+            records.write_json(self._work / RECORD_NAME, record)
+            if old := records.move_aside(self.outputs[0]):
+                log.info("the old result is kept as %s", show(old))
+            self.outputs[0].parent.mkdir(parents=True, exist_ok=True)
+            self._work.rename(self.outputs[0])
+        else:
+            self._publish_data(record)
+        self._report(state="complete" if not gate or gate["passed"] else "gate", percent=100.0, metric=metric)
+        if gate and not gate["passed"]:
+            message = f"gate: {'; '.join(gate['reasons'])}"
+            if not self.allow_regression:
+                raise GateError(message + "\nTo go on all the same, add --allow-regression.")
+            log.warning("%s (allowed by --allow-regression)", message)
+
+    def _publish_data(self, record: dict[str, Any]) -> None:
+        missing = [o for o in self.outputs if not self._made(o).exists() and self._made(o) != o]
+        if missing:
+            raise AssertionError(f"{self.program} did not make {', '.join(map(str, missing))}")
+        # A complete old result is kept; the record goes first, so that a kill in between reads as incomplete.
+        if self.record_path.exists():
+            records.move_aside(self.record_path)
+            for output in self.outputs:
+                if self._made(output) != output and (old := records.move_aside(output)):
+                    log.info("the old result is kept as %s", show(old))
+        for output in self.outputs:
+            made = self._made(output)
+            if made == output:
+                continue
+            if output.is_dir():
+                shutil.rmtree(output)  # left by a kill between renames; no record vouches for it
+            os.replace(made, output)
+        shutil.rmtree(self._work)
+        record["outputs"] = describe(self.outputs, self.paths.data)
+        records.write_json(self.record_path, record)
+
+    def _made(self, output: Path) -> Path:
+        """Where the work folder holds an output; the output itself for a stage that only checks files in place."""
+        made = self._work / output.name
+        return made if made.exists() or not output.exists() else output
+
+    def _raw_files(self) -> dict[str, dict[str, Any]]:
+        raw = [i.path for i in self.inputs if i.record is None and i.path.exists()]
+        return describe(raw, self.paths.data)
+
+
+def _differing(prefix: str, old: Any, new: Any) -> list[str]:
+    """Leaf by leaf, what differs between two JSON values."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        found = []
+        for key in sorted(old.keys() | new.keys()):
+            found += _differing(f"{prefix}.{key}", old.get(key), new.get(key))
+        return found
+    return [] if old == new else [f"{prefix}: {old!r} -> {new!r}"]

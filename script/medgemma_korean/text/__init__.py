@@ -1,0 +1,1 @@
+"""Pure text functions: cleaning, filters, duplicates and decontamination, without any file access."""

@@ -1,0 +1,287 @@
+"""Clean raw text for training: one pure function per raw source, and two normalisers for short fields.
+
+Every expression is bounded or cannot backtrack, and stands behind a literal guard: most documents lack most of what is
+searched for, and a plain `in` test is far cheaper than a search.
+"""
+
+from __future__ import annotations
+
+import html
+import re
+import unicodedata
+from collections.abc import Iterable
+from functools import cache
+
+from medgemma_korean.text.namumark import lowered, raised, strip_markup
+
+# Raise it when a rule changes: it is part of the stage fingerprint, so that old refined text is redone.
+CLEAN_VERSION: int = 1
+
+# Raw folder name -> rule set; what is not listed is web text.
+SOURCE_RULES: dict[str, str] = {
+    "namu_wiki": "namumark",
+    "wikipedia-korean": "wikitext",
+    "00_english_replay": "wikitext",
+}
+_RULES = ("namumark", "wikitext", "web")
+
+# Control characters, soft hyphen, zero-width and direction marks, variation selectors, byte-order mark, replacement
+# and object characters, lone surrogates (they cannot be written as UTF-8), and the private use area.
+_INVISIBLE_CLASS = (
+    "\x00-\x08\x0e-\x1f\x7f-\x84\x86-\x9f\xad\u061c\u180e\u200b-\u200f\u202a-\u202e\u2060-\u206f"
+    "\ufe00-\ufe0f\ufeff\ufff0-\ufffd\ud800-\udfff\ue000-\uf8ff"
+)
+_BREAK_CLASS = "\r\x0b\x0c\x85\u2028\u2029"
+# U+3164 and U+FFA0 are Hangul fillers, shown as a blank.
+_SPACE_CLASS = "\t\xa0\u1680\u2000-\u200a\u202f\u205f\u3000\u3164\uffa0"
+# One scan tells whether a text holds any of them; most texts do not.
+_UNUSUAL = re.compile(f"[{_INVISIBLE_CLASS}{_BREAK_CLASS}{_SPACE_CLASS}]")
+_INVISIBLE = re.compile(f"[{_INVISIBLE_CLASS}]+")
+_LINE_BREAK = re.compile(f"\r\n|[{_BREAK_CLASS}]")
+_WIDE_SPACE = re.compile(f"[{_SPACE_CLASS}]")
+_SPACES = re.compile("  +")
+_BLANK_LINES = re.compile("\n\n\n+")
+
+_TAGS = (
+    "a|abbr|address|area|article|aside|audio|b|big|blockquote|body|br|button|caption|center|cite|code|col|colgroup|dd"
+    "|del|details|div|dl|dt|em|embed|figcaption|figure|font|footer|form|h[1-6]|head|header|hr|html|i|iframe|img|input"
+    "|ins|kbd|label|li|link|main|map|mark|math|meta|nav|noinclude|nobr|noscript|nowiki|object|ol|onlyinclude|option|p"
+    "|param|poem|pre|q|references|rp|rt|ruby|s|samp|section|select|small|source|span|strike|strong|sub|summary|sup|svg"
+    "|table|tbody|td|textarea|tfoot|th|thead|title|tr|tt|u|ul|var|video|wbr|includeonly"
+)
+# Only known names: "<The Lancet>", "<웰컴 백>" and "p <a" are prose. Attributes must hold "=".
+_TAG = re.compile(
+    rf"</?(?:{_TAGS})(?:\s[^<>=]{{0,60}}=[^<>]{{0,2000}})?\s{{0,3}}/?>|<!doctype[^<>]{{0,200}}>", re.I
+)
+_BREAK_TAG = re.compile(
+    r"<(?:br|hr|tr|li|p|dt)(?:\s[^<>=]{0,60}=[^<>]{0,2000})?\s{0,3}/?>"
+    r"|</(?:p|div|li|tr|h[1-6]|table|ul|ol|dl|dd|dt|blockquote|title|td)\s{0,3}>",
+    re.I,
+)
+_RAISED_TAG = re.compile(r"<(su[bp])>([^<>]{1,40})</su[bp]>", re.I)
+# Elements whose content is never prose; the closer is found by a scan, see `_cut_elements`.
+_ELEMENT = re.compile(
+    r"<!--|<(script|style|ref|gallery|timeline|imagemap)(?:\s[^<>]{0,1000})?>", re.IGNORECASE
+)
+
+# A removed address or number leaves this mark until the space or brackets around it are removed too. It cannot stand in
+# the text, because control characters are gone by then.
+_REMOVED = "\x00"
+_REMOVED_SOURCE = re.compile(f" ?\\((?:출처|참조|참고|링크|관련 ?기사)[ :]{{0,3}}{_REMOVED}[ ]?\\)")
+_REMOVED_FORMS = (
+    f" ({_REMOVED})",
+    f"({_REMOVED})",
+    f" <{_REMOVED}>",
+    f"<{_REMOVED}>",
+    f" {_REMOVED}",
+    _REMOVED,
+)
+
+# Below, a pattern starts with a literal or a class, which the engine finds fast, and looks back from there:
+# "0(?<![0-9]0)" is "0" that no digit precedes. Without the look-back every offset of a long token would be tried.
+# ASCII only: an address glued to Hangul ends where the Korean particle starts. Its last character is never a full stop
+# or a comma, because those belong to the sentence.
+_URL_BODY = r"(?:[A-Za-z0-9\-._~:/?#@!$&*+,;=%]*[A-Za-z0-9/=&#_%~*\-])?"
+_URL = re.compile(rf"(?:[Hh][Tt][Tt][Pp][Ss]?://|[Ww][Ww][Ww]\.){_URL_BODY}")
+_EMAIL = re.compile(
+    r"[A-Za-z0-9._%+-](?<![A-Za-z0-9._%+-]{2})[A-Za-z0-9._%+-]{0,63}@(?:[A-Za-z0-9-]{1,63}\.){1,8}[A-Za-z]{2,24}"
+)
+# Six digits that are a date, then a century digit: no other number in medicine has this form.
+_RESIDENT_TAIL = re.compile(r"-[ ]?[1-8](?:[0-9]{6}|[*xX●○]{6})(?![0-9])")
+_RESIDENT_NUMBER = re.compile(
+    r"[0-9](?<![0-9A-Za-z.-][0-9])[0-9](?:0[1-9]|1[0-2])(?:0[1-9]|[12][0-9]|3[01])[ ]?"
+    + _RESIDENT_TAIL.pattern
+)
+# Area codes, internet (070), free (080) and personal (050) numbers. Decimals, dates, CAS and page numbers do not
+# start with such a code, and what stands directly before and after must not continue a longer number.
+_NUMBER_END = r"(?![0-9]|[.,/:~-][0-9])"
+_AREA_REST = r"(?:2|3[1-3]|4[1-4]|5[1-5]|6[1-4]|70|80|60|50[2-8]?)"
+_TELEPHONE = re.compile(
+    r"0(?<![0-9A-Za-z.,/:~+-]0)(?:"
+    # Mobile numbers also occur without separators, or with spaces.
+    r"1[016789](?:[-–. )]{1,2}[0-9]{3,4}[-–. ][ ]?|[0-9]{3,4})[0-9]{4}"
+    rf"|{_AREA_REST}(?:[ ]?[-–)][ ]?|\.)[0-9]{{3,4}}[ ]?[-–.][ ]?[0-9]{{4}}){_NUMBER_END}"
+)
+_BRACKETED_TELEPHONE = re.compile(rf"\(0{_AREA_REST}\)[ ]?[0-9]{{3,4}}[-–. ][0-9]{{4}}{_NUMBER_END}")
+_FOREIGN_TELEPHONE = re.compile(
+    rf"\+82[-. ]{{0,2}}(?:\(0\))?0?[1-9][0-9]?[-–. )]{{0,2}}[0-9]{{3,4}}[-–. ]?[0-9]{{4}}{_NUMBER_END}"
+)
+_SERVICE_NUMBER = re.compile(
+    r"1(?<![0-9A-Za-z.,/:;~+-]1)(5(?:22|33|44|66|77|88|99)|6(?:00|44|61|66|70|88)|8(?:00|11|33|55|77|99))"
+    r"[-–]([0-9]{4})(?![0-9]|[.,/:~-][0-9]|[ ]?(?:=|kcal|mg|ml|년|명|원))"
+)
+_TELEPHONE_CUE = re.compile(
+    r"(?:전화|문의|상담|예약|콜센터|고객센터|연락처|번호|대표|[Tt][Ee][Ll]|☎|☏|📞)[^0-9\n]{0,8}$"
+)
+
+_HEADING = re.compile(r"^=[^\n]*=[ \t]*$", re.MULTILINE)
+_SEPARATOR_LINE = re.compile(r"^([-=_*~])\1{3,}$", re.MULTILINE)
+# Lines that held only markup: a table's dashes, a lone bracket. Kept in web text, where they are speech.
+_DEBRIS_LINE = re.compile(r"^[|()\[\]{}<>*·•:;,'\"\-=/ ]+$", re.MULTILINE)
+_ENTITY = re.compile(r"&(?:#[0-9]{1,7}|#[xX][0-9A-Fa-f]{1,6}|[A-Za-z][A-Za-z0-9]{1,31});")
+
+
+def rules_for(folder: str) -> str:
+    """Return the rule set ("namumark", "wikitext" or "web") of a raw folder name."""
+    return SOURCE_RULES.get(folder, "web")
+
+
+def normalise_characters(text: str) -> str:
+    """Return NFC text without invisible characters, with "\\n" as the only line break and " " as the only space.
+
+    NFC, never NFKC: "㎎", "①" and full-width forms are part of the text. Runs of spaces are kept.
+    """
+    if not unicodedata.is_normalized("NFC", text):
+        text = unicodedata.normalize("NFC", limit_marks(text))
+    if _UNUSUAL.search(text):
+        text = _INVISIBLE.sub("", text)
+        text = _LINE_BREAK.sub("\n", text)
+        text = _WIDE_SPACE.sub(" ", text)
+    return text
+
+
+def limit_marks(text: str) -> str:
+    """Keep at most 30 combining marks in a row (the stream-safe format of UAX #15): more make normalising quadratic."""
+    return _mark_run().sub(lambda match: match[0][:30], text)
+
+
+@cache
+def _mark_run() -> re.Pattern[str]:
+    # The engine searches a class of the first plane by table, and one with higher characters twenty times as slowly;
+    # no living script has its marks up there.
+    marks = "".join(chr(point) for point in range(0x300, 0x10000) if unicodedata.combining(chr(point)))
+    return re.compile(f"[{marks}][{marks}]{{29}}[{marks}]+")
+
+
+def normalise_line(text: str) -> str:
+    """Return one trimmed line with single spaces: for dictionary fields, exam items and translation pairs."""
+    return _SPACES.sub(" ", normalise_characters(text).replace("\n", " ")).strip()
+
+
+def normalise_block(text: str) -> str:
+    """Return trimmed lines with single spaces and at most one blank line in a row."""
+    return _tidy_lines(normalise_characters(text))
+
+
+def _tidy_lines(text: str) -> str:
+    text = _SPACES.sub(" ", text)
+    return _BLANK_LINES.sub("\n\n", text.replace(" \n", "\n").replace("\n ", "\n")).strip()
+
+
+def clean_text(text: str, rules: str) -> str:
+    """Return the clean text of one raw document; `rules` is "namumark", "wikitext" or "web".
+
+    Order matters: comments and scripts before the markup scanner, markup before tags, addresses before entities.
+    Raises ValueError for another rule set.
+    """
+    if rules not in _RULES:
+        raise ValueError(f"unknown cleaning rules {rules!r}: expected one of {', '.join(_RULES)}")
+    text = normalise_characters(text)
+    if "<" in text:
+        text = _cut_elements(text)
+    if rules != "web":
+        text = strip_markup(text, rules)
+    if "=" in text:
+        text = _HEADING.sub(_heading_text, text)
+    if "<" in text:
+        text = _strip_tags(text)
+    text = remove_personal(text)
+    if "&" in text:
+        text = normalise_characters(_ENTITY.sub(lambda match: html.unescape(match[0]), text))
+    text = _tidy_lines(text)
+    if rules == "web":
+        text = _SEPARATOR_LINE.sub("", text)
+    else:
+        text = _DEBRIS_LINE.sub("", text)
+    return _BLANK_LINES.sub("\n\n", text).strip()
+
+
+def clean_batch(texts: Iterable[str], rules: str) -> list[str]:
+    """Return `clean_text` of every text, in order."""
+    return [clean_text(text, rules) for text in texts]
+
+
+def remove_personal(text: str) -> str:
+    """Return `text` without URLs, e-mail addresses, Korean telephone and resident registration numbers."""
+    if "://" in text or "www." in text or "WWW." in text:
+        text = _URL.sub(_REMOVED, text)
+    if "@" in text:
+        text = _EMAIL.sub(_REMOVED, text)
+    if "-" in text and _RESIDENT_TAIL.search(text):
+        text = _RESIDENT_NUMBER.sub(_REMOVED, text)
+    text = _TELEPHONE.sub(_REMOVED, text)
+    if "(0" in text:
+        text = _BRACKETED_TELEPHONE.sub(_REMOVED, text)
+    if "+82" in text:
+        text = _FOREIGN_TELEPHONE.sub(_REMOVED, text)
+    text = _SERVICE_NUMBER.sub(_drop_service_number, text)
+    if _REMOVED in text:
+        text = _REMOVED_SOURCE.sub("", text)
+        for form in _REMOVED_FORMS:
+            text = text.replace(form, "")
+    return text
+
+
+def _drop_service_number(match: re.Match[str]) -> str:
+    """1588-1234 is a telephone number and 1588-1599 a span of years: only a cue or a falling pair tells."""
+    cue = _TELEPHONE_CUE.search(match.string[max(0, match.start() - 20) : match.start()])
+    return _REMOVED if cue or int(match[2]) < int("1" + match[1]) else match[0]
+
+
+def _cut_elements(text: str) -> str:
+    """Cut comments, scripts, styles, references and galleries with their content; an unclosed opener stays."""
+    kept: list[str] = []
+    unclosed: set[str] = set()
+    start = position = 0
+    while True:
+        opener = _ELEMENT.search(text, position)
+        if opener is None:
+            break
+        position = opener.end()
+        if opener[0].endswith("/>"):
+            kept.append(text[start : opener.start()])
+            start = position
+            continue
+        kind = (opener[1] or "!--").lower()
+        # One failed search per kind is enough; repeating it for every opener is quadratic.
+        if kind in unclosed:
+            continue
+        closer = _closer(kind).search(text, position)
+        if closer is None:
+            unclosed.add(kind)
+            continue
+        kept.append(text[start : opener.start()])
+        start = position = closer.end()
+    kept.append(text[start:])
+    return "".join(kept)
+
+
+@cache
+def _closer(kind: str) -> re.Pattern[str]:
+    return re.compile("-->" if kind == "!--" else rf"</{kind}\s{{0,3}}>", re.IGNORECASE)
+
+
+def _strip_tags(text: str) -> str:
+    if "<su" in text or "<SU" in text:
+        # 10<sup>6</sup> must not become 106.
+        text = _RAISED_TAG.sub(
+            lambda match: (raised if match[1].lower() == "sup" else lowered)(match[2]), text
+        )
+    return _TAG.sub("", _BREAK_TAG.sub("\n", text))
+
+
+def _heading_text(match: re.Match[str]) -> str:
+    line = match[0].strip()
+    lead = len(line) - len(line.lstrip("="))
+    tail = len(line) - len(line.rstrip("="))
+    level = min(lead, tail, 6)
+    inner = line[level:-level]
+    if lead == len(line) or not inner.strip("=# \t"):
+        return ""
+    # "=5+3=" is arithmetic; a first-level heading has spaces inside its marks.
+    if level == 1 and not (inner[:1] in " #" and inner[-1:] in " #"):
+        return match[0]
+    inner = inner.strip()
+    if len(inner) > 2 and inner[0] == inner[-1] == "#":
+        inner = inner[1:-1]
+    return inner.strip()

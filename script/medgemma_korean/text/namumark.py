@@ -1,0 +1,271 @@
+"""Strip NamuMark and MediaWiki markup in linear time, whatever the input.
+
+A regular expression cannot match nested markup, and backtracking on unclosed markup takes minutes on a hostile page.
+So one flat stack scanner resolves `{{{ }}}`, `[[ ]]` and `{{ }}`, a second one resolves `[ ]`, and what remains is
+removed by expressions that are bounded or cannot backtrack.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+
+# Deeper openers are dropped: real pages nest below 20, hostile ones 100,000 deep.
+MAX_DEPTH = 256
+# A link target is a page title (at most 255 bytes in both wikis); anything longer is text between stray brackets.
+MAX_TARGET = 300
+# A macro is short and on one line; longer text in brackets is prose that happens to start like one.
+MAX_MACRO = 300
+
+# "{{{" is listed before "{{" so that the longest delimiter wins.
+_NAMU_DELIMITER = re.compile(r"(\{\{\{|\}\}\}|\[\[|\]\]|\{\{|\}\})")
+# "|}}" closes a template that ends in an empty argument, so the table closer must not be followed by "}".
+_WIKI_DELIMITER = re.compile(r"(\{\{\{|\}\}\}|\[\[|\]\]|\{\{|\}\}|^\{\||^\|\}(?!\}))", re.MULTILINE)
+_OPENER_OF = {"}}}": "{{{", "]]": "[[", "}}": "{{", "|}": "{|"}
+
+_DROPPED_LINK = re.compile(r":?\s*(?:파일|분류|그림|틀|미디어|file|image|category|media)\s*:", re.IGNORECASE)
+_LANGUAGE_LINK = re.compile(r"[a-z]{2,3}(?:-[a-z]{2,8})?:")
+_SECTION_ANCHOR = re.compile(r"#s-[0-9.]*[0-9]")
+_STYLE_ATTRIBUTE = r'(?:[ \t]*[a-z-]{1,20}[ \t]*=[ \t]*"[^"\n]{0,2000}")'
+_BRACE_HEADER = re.compile(
+    rf"#!wiki(?:{_STYLE_ATTRIBUTE}+[ \t]*\n?|[^\n]*\n?)"
+    r"|#!(?:folding|if)[^\n]*\n?"
+    r"|#![a-z]+[ \t]*\n?"
+    # A colour is followed by a space; some pages forget it before bold text or another group.
+    r"|#[A-Za-z0-9]{3,20}(?:,[ ]?#[A-Za-z0-9]{3,20})?(?:[ \n]|(?=''|$))"
+    r"|[+-][1-5](?:[ \n]|(?=''|$))"
+)
+
+_COMMENT_LINE = re.compile(r"^##[^\n]*\n?", re.MULTILINE)
+_BRACKET = re.compile(r"(\[|\]|\n[ \t]*\n)")
+_EMPTY_MACRO = re.compile(
+    r"(?:목차|tableofcontents|각주|footnote|clearfix|date|datetime|pagecount)(?:\([^\n]*\))?"
+    r"|(?:include|youtube|kakaotv|tvpot|nicovideo|navertv|vimeo|age|dday|anchor)\([^\n]*\)",
+    re.IGNORECASE,
+)
+_RUBY = re.compile(r"ruby\(([^,\n]*)(?:,[^\n]*)?\)", re.IGNORECASE)
+_MATH = re.compile(r"math\(([^\n]*)\)", re.IGNORECASE)
+
+# One inner "~" or "-" is allowed (1~2, X-ray). A space after the opening mark means that it is no strike mark: "~~ " is
+# a drawn-out vowel. Patterns start with a literal, which the engine finds fast, so look-behinds follow it.
+_TILDE_STRIKE = re.compile(r"~~(?![~\s])(?:[^~\n]|~(?!~)){1,200}~~")
+_DASH_STRIKE = re.compile(r"---?(?![-\s>])(?:[^-\n]|-(?!-)){1,200}(?:---(?!-)|--(?![->])|--(?=--[^-\s]))")
+_ITALIC = re.compile(r"''([^'\n]{1,500}(?:'[^'\n]{1,500}){0,3})''")
+# What is left of italic marks, but not the inches of 5'10''.
+_STRAY_ITALIC = re.compile(r"''(?<![0-9]'')")
+_UNDERLINE = re.compile(r"__([^_\n]{1,200}(?:_[^_\n]{1,200}){0,3})__")
+_SUPERSCRIPT = re.compile(r"\^\^([^\s^](?:[^^\n]{0,60}[^\s^])?)\^\^")
+_SUBSCRIPT = re.compile(r",,([^\s,](?:[^,\n]{0,60}[^\s,])?),,")
+_CELL = re.compile(
+    r"\|\|(?:[ ]?<(?:[:()]|-[0-9]{1,3}|[\^v]?\|[0-9]{1,3}|#[^<>\n]{1,40}|nopad|keepall"
+    r"|(?:table|row|col)?[ ]?(?:align|width|height|bgcolor|bordercolor|color|style|class)[^<>\n]{0,120})>){0,20}",
+    re.IGNORECASE,
+)
+_CAPTION = re.compile(r"^[ ]*\|([^|\n]{1,200})\|(?=[^|\n]|\|\|)", re.MULTILINE)
+_RULE_LINE = re.compile(r"^-{4,}[ ]*$", re.MULTILINE)
+_NAMU_LINE_MARK = re.compile(
+    r"^[ \t]*>[> \t]*(?:\*+[ \t]*)?|^[ \t]+(?:\*[ \t]*|(?:1|[aAiI])\.(?:#[0-9]{1,6})?[ \t]+)?|^\*[ \t]+",
+    re.MULTILINE,
+)
+_WIKI_LINE_MARK = re.compile(r"^(?!#(?:redirect|넘겨주기))[*#:;]{1,20}[ \t]*", re.MULTILINE | re.IGNORECASE)
+_WIKI_EXTERNAL = re.compile(r"\[https?://[^\s\[\]]{1,2000}(?:[ ]([^\[\]\n]{0,500}))?\]")
+_MAGIC_WORD = re.compile(r"__(?:NOTOC|TOC|NOEDITSECTION|FORCETOC|목차|목차숨김|목차강제)__")
+# What a dropped template or file leaves behind: "윤상(, 1968년 …)" and "퍼니셔( )". A call such as main() stays.
+_ORPHAN_COMMA = re.compile(r"\([ ]?[,;·][ ]?")
+_EMPTY_PARENTHESES = re.compile(r"\((?<![A-Za-z0-9_]\()[ ]{0,3}\)")
+
+_RAISED = str.maketrans("0123456789+-−=()n", "⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁻⁼⁽⁾ⁿ")
+_LOWERED = str.maketrans("0123456789+-−=()", "₀₁₂₃₄₅₆₇₈₉₊₋₋₌₍₎")
+_RAISABLE = frozenset("0123456789+-−=()n")
+
+
+def raised(content: str) -> str:
+    """Return `content` as Unicode superscript when it is a number or charge, else unchanged: 10^^6^^ is not 106."""
+    return content.translate(_RAISED) if set(content) <= _RAISABLE else content
+
+
+def lowered(content: str) -> str:
+    """Return `content` as Unicode subscript when it is a number, else unchanged: H,,2,,O becomes H₂O."""
+    return content.translate(_LOWERED) if set(content) <= _RAISABLE - {"n"} else content
+
+
+def strip_markup(text: str, dialect: str) -> str:
+    """Return the readable text of one page; `dialect` is "namumark" or "wikitext".
+
+    Headings, tags, addresses and spacing are left to `clean`, which handles them for every source.
+    Raises ValueError for another dialect.
+    """
+    if dialect == "namumark":
+        return _strip_namumark(text)
+    if dialect == "wikitext":
+        return _strip_wikitext(text)
+    raise ValueError(f"unknown markup dialect {dialect!r}: expected 'namumark' or 'wikitext'")
+
+
+def _strip_namumark(text: str) -> str:
+    if "##" in text:
+        text = _COMMENT_LINE.sub("", text)
+    if "[[" in text or "{{" in text or "}}" in text or "]]" in text:
+        text = _resolve_spans(text, _NAMU_DELIMITER, _close_namu)
+    if "[" in text:
+        text = _resolve_brackets(text)
+    if "~~" in text:
+        text = _TILDE_STRIKE.sub("", text)
+    if "--" in text:
+        text = _DASH_STRIKE.sub("", _RULE_LINE.sub("", text))
+    if "''" in text:
+        text = _STRAY_ITALIC.sub("", _ITALIC.sub(r"\1", text.replace("'''", "")))
+    if "__" in text:
+        text = _UNDERLINE.sub(r"\1", text)
+    if "^^" in text:
+        text = _SUPERSCRIPT.sub(lambda match: raised(match[1]), text)
+    if ",," in text:
+        text = _SUBSCRIPT.sub(lambda match: lowered(match[1]), text)
+    if "||" in text:
+        text = _CELL.sub(" ", _CAPTION.sub(r"\1 ||", text))
+    text = _NAMU_LINE_MARK.sub("", text)
+    return _drop_leftovers(text)
+
+
+def _strip_wikitext(text: str) -> str:
+    if "[[" in text or "{" in text or "}}" in text or "]]" in text or "|}" in text:
+        text = _resolve_spans(text, _WIKI_DELIMITER, _close_wiki)
+    if "[http" in text:
+        text = _WIKI_EXTERNAL.sub(lambda match: match[1] or "", text)
+    # English news quotes ``like this'', where the marks are no italics.
+    if "''" in text and "``" not in text:
+        text = _ITALIC.sub(r"\1", text.replace("'''", ""))
+    if "__" in text:
+        text = _MAGIC_WORD.sub("", text)
+    if "----" in text:
+        text = _RULE_LINE.sub("", text)
+    text = _WIKI_LINE_MARK.sub("", text)
+    return _drop_leftovers(text)
+
+
+def _drop_leftovers(text: str) -> str:
+    return _EMPTY_PARENTHESES.sub("", _ORPHAN_COMMA.sub("(", text)) if "(" in text else text
+
+
+def _resolve_spans(text: str, delimiter: re.Pattern[str], close: Callable[[str, list[str]], str]) -> str:
+    """Replace each matched span by what `close(closer, pieces)` returns; unmatched delimiters vanish, their text stays.
+
+    One flat output list with a start mark per open span: dissolving an opener costs nothing, because its text already
+    stands in the list. A buffer per level would be copied on every dissolve, which is quadratic.
+    """
+    pieces = delimiter.split(text)
+    output: list[str] = [pieces[0]]
+    opened: list[tuple[str, int]] = []
+    open_count = dict.fromkeys(_OPENER_OF.values(), 0)
+    for position in range(1, len(pieces), 2):
+        token, following = pieces[position], pieces[position + 1]
+        opener = _OPENER_OF.get(token)
+        if opener is None:
+            if len(opened) < MAX_DEPTH:
+                opened.append((token, len(output)))
+                open_count[token] += 1
+        # The counter answers "is one open?" at once; searching the stack for every foreign closer is quadratic.
+        elif open_count[opener]:
+            while True:
+                kind, start = opened.pop()
+                open_count[kind] -= 1
+                if kind == opener:
+                    break
+            output[start:] = [close(token, output[start:])]
+        if following:
+            output.append(following)
+    return "".join(output)
+
+
+def _close_namu(closer: str, pieces: list[str]) -> str:
+    if not pieces:
+        return ""
+    if closer == "]]":
+        return _link_text("".join(pieces))
+    if closer == "}}}":
+        # The header stands in the first piece, so the body is never searched.
+        if pieces[0].startswith(("#!syntax", "#!html")):
+            return ""
+        if pieces[0][:1] in "#+-":
+            pieces[0] = (
+                _BRACE_HEADER.sub("", pieces[0], count=1) if _BRACE_HEADER.match(pieces[0]) else pieces[0]
+            )
+        return "".join(pieces)
+    # NamuMark has no templates in braces: "{{|boxed text|}}" is prose.
+    return "".join(pieces).strip("|")
+
+
+def _close_wiki(closer: str, pieces: list[str]) -> str:
+    if closer == "]]":
+        content = "".join(pieces)
+        return "" if _LANGUAGE_LINK.match(content) else _link_text(content)
+    if closer == "}}}":
+        return "".join(pieces)
+    return ""
+
+
+def _link_text(content: str) -> str:
+    """Return what a reader sees of `[[content]]`."""
+    if _DROPPED_LINK.match(content[:40]):
+        return ""
+    target, bar, label = content.partition("|")
+    # Stray brackets far apart are no link, and the text between them is prose.
+    if "\n" in target or len(target) > MAX_TARGET:
+        return content
+    if bar:
+        return label
+    target = _SECTION_ANCHOR.sub("", target)
+    return target.lstrip(":/").removeprefix("wiki:").removeprefix("위키백과:")
+
+
+def _resolve_brackets(text: str) -> str:
+    """Resolve NamuMark macros and footnotes, which are `[ ]` spans; other brackets are prose and stay."""
+    pieces = _BRACKET.split(text)
+    output: list[str] = [pieces[0]]
+    opened: list[int] = []
+    for position in range(1, len(pieces), 2):
+        token, following = pieces[position], pieces[position + 1]
+        if token == "[":
+            opened.append(len(output))
+            # The opener stays in the output until its span turns out to be markup; a footnote mark never stays.
+            if following.startswith("*"):
+                output += ["[*", following[1:]]
+            else:
+                output += ["[", following]
+            continue
+        if token == "]" and opened:
+            start = opened.pop()
+            if output[start] == "[*":
+                del output[start:]
+            elif (shown := _macro_text(output[start + 1 : start + 33])) is not None:
+                output[start:] = [shown]
+            else:
+                output.append("]")
+        elif token == "]":
+            output.append("]")
+        else:
+            # A blank line ends every open bracket: an unclosed footnote must not swallow the next paragraph.
+            for start in opened:
+                if output[start] == "[*":
+                    output[start] = ""
+            opened.clear()
+            output.append(token)
+        output.append(following)
+    for start in opened:
+        if output[start] == "[*":
+            output[start] = ""
+    return "".join(output)
+
+
+def _macro_text(pieces: list[str]) -> str | None:
+    """Return what a reader sees of the macro in `pieces`, or None when it is no macro."""
+    # Joining a long span at every level of nesting would be quadratic; a macro is a few pieces.
+    if len(pieces) > 30 or sum(map(len, pieces)) > MAX_MACRO:
+        return None
+    content = "".join(pieces)
+    if content.lower() == "br":
+        return "\n"
+    if _EMPTY_MACRO.fullmatch(content):
+        return ""
+    named = _RUBY.fullmatch(content) or _MATH.fullmatch(content)
+    return named[1] if named else None
