@@ -77,11 +77,12 @@ def main(argv: list[str] | None = None) -> int:
     with stage.work():
         counts = {}
         for file in records.row_files(folder):
-            rows = list(records.read_rows(file))
+            unusable = [] if file.stem == "train" else None
+            rows = mcq.read_raw_items(file, normalise_line, unusable)
             if not rows:
-                raise PipelineError(f"{show(file)}: no questions")
-            for number, row in enumerate(rows, 1):
-                mcq.read_raw_item(row, f"{show(file)}, row {number}", normalise_line)
+                raise PipelineError(f"{show(file)}: no usable questions")
+            if unusable:
+                log.warning("%s will be left out, first: %s", cli.count(len(unusable), "question"), unusable[0])
             counts[file.stem] = len(rows)
             log.info("%s: %s", show(file), cli.count(len(rows), "question"))
         stage.complete(counts=counts, origins=origins)

@@ -264,3 +264,55 @@ def summary(evaluation: Mapping[str, Any]) -> str:
         f"majority letter {score['majority_accuracy']:.1%}), bits per character Korean {bits['korean']:.3f}, "
         f"medical {bits['medical']:.3f}, English {bits['english']:.3f}"
     )
+
+
+# while training -----------------------------------------------------------------------------------------
+
+
+def completion_loss(model: Any, rows: Sequence[Mapping[str, list[int]]], tokenizer: Any, batch: int) -> float:
+    """Mean negative log-likelihood (nats a supervised token) of unpacked rows whose prompt is masked."""
+    pieces = []
+    for row in rows:
+        start = next(i for i, label in enumerate(row["labels"]) if label != -100)
+        pieces.append((row["input_ids"], max(start, 1)))
+    tokens = sum(len(ids) - start for ids, start in pieces)
+    return sum(_window_losses(model, tokenizer, pieces, batch)) / tokens
+
+
+def dev_look(model: Any, tokenizer: Any, items: Sequence[Mapping[str, Any]], batch: int) -> dict[str, Any]:
+    """One look at dev while training: {"accuracy", "correct", "total", "lower", "upper", "loss"}.
+
+    loss is the mean negative log-probability of the right letter.
+    """
+    predictions = score_letters(model, tokenizer, items, batch)
+    score = mcq.score(predictions)
+    losses = [-row["log_probs"][row["gold"]] for row in predictions if row["log_probs"]]
+    return {
+        "accuracy": score["accuracy"],
+        "correct": score["correct"],
+        "total": score["n"],
+        "lower": score["lower"],
+        "upper": score["upper"],
+        "loss": sum(losses) / len(losses) if losses else math.inf,
+    }
+
+
+def generate(model: Any, tokenizer: Any, prompt: str, most: int = 48) -> str:
+    """Greedy answer to one prompt, rendered as in evaluation, special tokens kept."""
+    import torch
+
+    ids, _ = prompts.render(tokenizer, prompt)
+    device = next(model.parameters()).device
+    ends = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(tokenizers.END_OF_TURN)]
+    model.eval()
+    with torch.inference_mode():
+        whole = model.generate(
+            input_ids=torch.tensor([ids], device=device),
+            attention_mask=torch.ones((1, len(ids)), dtype=torch.long, device=device),
+            max_new_tokens=most,
+            do_sample=False,
+            eos_token_id=ends,
+            pad_token_id=tokenizer.pad_token_id,
+            use_cache=True,
+        )
+    return tokenizer.decode(whole[0, len(ids) :])

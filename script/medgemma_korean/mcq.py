@@ -11,9 +11,12 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
+from medgemma_korean import records
 from medgemma_korean.cli import PipelineError
+from medgemma_korean.paths import show
 from medgemma_korean.prompts import LETTERS, letters_of
 from medgemma_korean.statistics import majority_baseline, wilson
 
@@ -24,14 +27,42 @@ KEY_COLUMNS = ("year", "period", "q_number")
 _CELL_TYPES = (str, int, float, type(None))  # a CSV reader turns an option such as "12" into a number
 
 
-def read_raw_item(row: Mapping[str, Any], where: str, normalise: Callable[[str], str]) -> dict[str, str]:
+class ItemProblem(PipelineError):
+    """A row of the right shape with a value that makes no question: two equal options, an answer out of range."""
+
+
+def read_raw_items(
+    file: Path, normalise: Callable[[str], str], unusable: list[str] | None = None
+) -> list[dict[str, str]]:
+    """All items of a raw split file, in order.
+
+    With a list for `unusable` (train), rows that make no question are described there and left out. Without one
+    (dev, test) they raise: an evaluation row is never dropped. Equal options are then kept, since they do not keep
+    a question from being scored. Raises PipelineError with file and row.
+    """
+    items = []
+    for number, row in enumerate(records.read_rows(file), 1):
+        where = f"{show(file)}, row {number}"
+        try:
+            items.append(read_raw_item(row, where, normalise, equal_options=unusable is None))
+        except ItemProblem as problem:
+            if unusable is None:
+                raise
+            unusable.append(str(problem))
+    return items
+
+
+def read_raw_item(
+    row: Mapping[str, Any], where: str, normalise: Callable[[str], str], equal_options: bool = False
+) -> dict[str, str]:
     """One raw KorMedMCQA row as a refined item {"id", "exam", "question", "A".."E", "answer", "reasoning"?}.
 
     `where` is the file and line for messages; `normalise` cleans one line of text. `id` is
     "exam-year-period-q_number", which identifies an item within one split only. A row without E (absent, null or
     empty) is a four-option item and has no key "E". Lines of a question or rationale stay lines; an option is one
-    line. Raises PipelineError, naming all problems of the row at once: a missing column, a key that is not a whole
-    number, an empty question or option, two equal options, an answer that is not 1..5 or the letter of an option.
+    line. Raises PipelineError for a missing column, and its kind ItemProblem, naming all problems of the row at
+    once, for a key that is not a whole number, an empty question or option, two equal options (unless
+    `equal_options`), an answer that is not 1..5 or the letter of an option.
     """
     exam_column = next((column for column in EXAM_COLUMNS if column in row), None)
     missing = [] if exam_column else ["subject"]
@@ -59,12 +90,12 @@ def read_raw_item(row: Mapping[str, Any], where: str, normalise: Callable[[str],
         f"options {first} and {second} are equal ({options[first]!r})"
         for i, first in enumerate(letters)
         for second in letters[i + 1 :]
-        if options[first] and options[first] == options[second]
+        if options[first] and options[first] == options[second] and not equal_options
     ]
     if answer is None:
         problems.append(f"answer {row['answer']!r} is neither 1..{len(options)} nor one of {', '.join(letters)}")
     if problems:
-        raise PipelineError(f"{where}: {'; '.join(problems)}")
+        raise ItemProblem(f"{where}: {'; '.join(problems)}")
 
     item = {"id": "-".join([exam, *map(str, key.values())]), "exam": exam, "question": question, **options}
     item["answer"] = answer
@@ -140,7 +171,7 @@ _IS_ANSWER = re.compile(
     rf"{_STATED}?(?![{_HANGUL}])(?! ?(?:아니|아닌|아님|아닙))"
 )
 # "B가 정답" opens a clause; the B of "비타민 B가 정답" does not.
-_CLAUSE_START = re.compile(r"(?:^|[\n.!?:,]|(?:중|에서|따라서|그러므로|결국|보기|선택지))[\s]*$")
+_CLAUSE_START = re.compile(r"(?:^|[\n.!?:,]|(?:중|에서|따라서|그러므로|결국|보기|선택지))\s*$")
 _BEFORE_SECOND = re.compile(rf"""{_TOKEN}번?["')\]]{{0,2}}\s?(?:[,/&]|와|과|및|또는|혹은|이나|or|and)\s?$""")
 
 _REACH = 500  # characters after a mark that are looked at; keeps an endlessly repeating output cheap
@@ -279,7 +310,7 @@ def _first_line_answer(text: str, options: Mapping[str, str], letters: str) -> E
     if re.match(rf"""번?["')\]]{{0,3}}\s?{_STATED}[.,!;:\s]""", tail):  # "B입니다. IPv6의 주소는 ..."
         return _decided(letter, BARE, letters)
     option, separated = options.get(letter), _SEPARATED.match(tail)
-    following = separated[1] if separated else tail
+    following = separated[1] if separated else tail.removeprefix("번")
     if option and _same_text(following, option):
         if _heads_next_option(next_line, letter):
             return Extraction(None, OPTION_LIST)

@@ -256,6 +256,19 @@ def _checked(model: Any) -> Any:
     return model
 
 
+def save_adapter(model: Any, folder: Path) -> None:
+    """LoRA and token rows only: the resized matrix is in the base, and no checkpoint carries it again."""
+    model.save_pretrained(folder, save_embedding_layers=False)
+
+
+def load_adapter_weights(model: Any, folder: Path) -> None:
+    """Put the adapter weights of a folder into a PeftModel that has the same adapter."""
+    from peft import load_peft_weights, set_peft_model_state_dict
+
+    result = set_peft_model_state_dict(model, load_peft_weights(str(folder), device="cpu"))
+    assert not result.unexpected_keys, f"{folder} is another adapter: {result.unexpected_keys[:2]}"
+
+
 def trainable_parameters(model: Any) -> dict[str, int]:
     """How many parameters train, by kind: LoRA and new token rows."""
     counts = {"lora": 0, "rows": 0}

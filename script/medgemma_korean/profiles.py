@@ -45,6 +45,7 @@ class StageSettings:
     warmup: float = 0.03  # share of the steps
     max_grad_norm: float = 1.0
     evaluations: int = 4  # dev or held-out looks during the stage; the best one becomes `final`
+    look_every: int | None = None  # --show-samples-every: steps between looks, instead of `evaluations`
     max_steps: int | None = None  # --max-steps, for trials
 
 
@@ -154,7 +155,7 @@ MODELS: dict[str, ModelProfile] = {
             tiny=TinyShape(),
             dtype="float32",  # two cores without bf16 units are faster and exact in float32
             gradient_checkpointing=False,  # it saves memory that a tiny model does not need
-            new_tokens=512,
+            new_tokens=1024,
             min_count=8,  # the sample is 100 kB, not 1 GB
             lora_rank=16,
             second_rank=8,
@@ -193,7 +194,7 @@ MODELS: dict[str, ModelProfile] = {
             score_batch=16,
             score_window=256,
             score_characters=40_000,
-            validation_share=0.15,  # the sample has 150 documents
+            validation_share=0.2,  # the sample has 150 documents
         ),
         ModelProfile(
             name="medgemma-4b",

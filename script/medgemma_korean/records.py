@@ -129,8 +129,9 @@ def write_jsonl(path: Path, rows: Iterable[dict[str, Any]]) -> int:
     """Write rows, one a line; returns how many."""
     number = 0
     with atomic_open(path) as file:
-        for number, row in enumerate(rows, 1):
+        for row in rows:
             file.write(dump(row) + "\n")
+            number += 1
     return number
 
 

@@ -128,6 +128,25 @@ def sample(rows: list[Any], limit: int | None, seed: int) -> list[Any]:
     return [rows[i] for i in sorted(random.Random(seed).sample(range(len(rows)), limit))]
 
 
+def replay_texts(tokenizer: Any, paths: RunPaths, max_length: int, seed: int) -> list[Row]:
+    """Rows of stage-00 training text to replay against forgetting: as many Korean as English ones."""
+    rows: dict[str, list[Row]] = {}
+    for folder in (paths.plain_text, paths.english_replay):
+        texts = [row["text"] for row in records.read_jsonl(folder / "train.jsonl")]
+        texts = sample(texts, 5000, seed)  # enough for any share; the real folders hold millions
+        rows[folder.name] = [row for text in texts for row in text_rows(tokenizer, text, max_length)]
+    size = min(map(len, rows.values()))
+    return [row for found in rows.values() for row in sample(found, size, seed)]
+
+
+def refuse_losses(program: str, dropped: int, total: int) -> None:
+    """Raise PipelineError when more than 5 % of the rows are too long: the rest would be another data set."""
+    if total and dropped / total > MAX_DROPPED:
+        raise PipelineError(
+            f"{program}: {dropped} of {total} rows are longer than --max-length; raise it (at most {MAX_DROPPED:.0%} may be)"
+        )
+
+
 def check_rows(rows: Sequence[Row], tokenizer: Any, packed: bool) -> None:
     """Assert that no row is in a state that must be impossible; runs before every training."""
     end_of_turn = tokenizer.convert_tokens_to_ids(tokenizers.END_OF_TURN)
@@ -260,6 +279,8 @@ class Plan:
     @property
     def evaluation_steps(self) -> list[int]:
         """Evenly spread steps, the last one always."""
+        if self.settings.look_every:
+            return sorted({*range(self.settings.look_every, self.steps, self.settings.look_every), self.steps})
         n = max(1, min(self.settings.evaluations, self.steps))
         return sorted({round(self.steps * (i + 1) / n) for i in range(n)})
 
@@ -478,7 +499,7 @@ def _save_best(model: Any, folder: Path, step: int) -> None:
     for old in (part, target):
         if old.exists():
             shutil.rmtree(old)  # the same step of a run that was killed before its checkpoint
-    model.save_pretrained(part)
+    modeling.save_adapter(model, part)
     part.rename(target)
 
 

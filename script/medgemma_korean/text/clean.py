@@ -50,9 +50,7 @@ _TAGS = (
     "|table|tbody|td|textarea|tfoot|th|thead|title|tr|tt|u|ul|var|video|wbr|includeonly"
 )
 # Only known names: "<The Lancet>", "<웰컴 백>" and "p <a" are prose. Attributes must hold "=".
-_TAG = re.compile(
-    rf"</?(?:{_TAGS})(?:\s[^<>=]{{0,60}}=[^<>]{{0,2000}})?\s{{0,3}}/?>|<!doctype[^<>]{{0,200}}>", re.I
-)
+_TAG = re.compile(rf"</?(?:{_TAGS})(?:\s[^<>=]{{0,60}}=[^<>]{{0,2000}})?\s{{0,3}}/?>|<!doctype[^<>]{{0,200}}>", re.I)
 _BREAK_TAG = re.compile(
     r"<(?:br|hr|tr|li|p|dt)(?:\s[^<>=]{0,60}=[^<>]{0,2000})?\s{0,3}/?>"
     r"|</(?:p|div|li|tr|h[1-6]|table|ul|ol|dl|dd|dt|blockquote|title|td)\s{0,3}>",
@@ -60,9 +58,7 @@ _BREAK_TAG = re.compile(
 )
 _RAISED_TAG = re.compile(r"<(su[bp])>([^<>]{1,40})</su[bp]>", re.I)
 # Elements whose content is never prose; the closer is found by a scan, see `_cut_elements`.
-_ELEMENT = re.compile(
-    r"<!--|<(script|style|ref|gallery|timeline|imagemap)(?:\s[^<>]{0,1000})?>", re.IGNORECASE
-)
+_ELEMENT = re.compile(r"<!--|<(script|style|ref|gallery|timeline|imagemap)(?:\s[^<>]{0,1000})?>", re.IGNORECASE)
 
 # A removed address or number leaves this mark until the space or brackets around it are removed too. It cannot stand in
 # the text, because control characters are gone by then.
@@ -89,8 +85,7 @@ _EMAIL = re.compile(
 # Six digits that are a date, then a century digit: no other number in medicine has this form.
 _RESIDENT_TAIL = re.compile(r"-[ ]?[1-8](?:[0-9]{6}|[*xX●○]{6})(?![0-9])")
 _RESIDENT_NUMBER = re.compile(
-    r"[0-9](?<![0-9A-Za-z.-][0-9])[0-9](?:0[1-9]|1[0-2])(?:0[1-9]|[12][0-9]|3[01])[ ]?"
-    + _RESIDENT_TAIL.pattern
+    r"[0-9](?<![0-9A-Za-z.-][0-9])[0-9](?:0[1-9]|1[0-2])(?:0[1-9]|[12][0-9]|3[01])[ ]?" + _RESIDENT_TAIL.pattern
 )
 # Area codes, internet (070), free (080) and personal (050) numbers. Decimals, dates, CAS and page numbers do not
 # start with such a code, and what stands directly before and after must not continue a longer number.
@@ -98,8 +93,8 @@ _NUMBER_END = r"(?![0-9]|[.,/:~-][0-9])"
 _AREA_REST = r"(?:2|3[1-3]|4[1-4]|5[1-5]|6[1-4]|70|80|60|50[2-8]?)"
 _TELEPHONE = re.compile(
     r"0(?<![0-9A-Za-z.,/:~+-]0)(?:"
-    # Mobile numbers also occur without separators, or with spaces.
-    r"1[016789](?:[-–. )]{1,2}[0-9]{3,4}[-–. ][ ]?|[0-9]{3,4})[0-9]{4}"
+    # Mobile numbers also occur with spaces or unseparated; 010 is followed by 2-9, unlike the binary 01011010110.
+    r"1[016789][-–. )]{1,2}[0-9]{3,4}[-–. ][ ]?[0-9]{4}|10[2-9][0-9]{7}"
     rf"|{_AREA_REST}(?:[ ]?[-–)][ ]?|\.)[0-9]{{3,4}}[ ]?[-–.][ ]?[0-9]{{4}}){_NUMBER_END}"
 )
 _BRACKETED_TELEPHONE = re.compile(rf"\(0{_AREA_REST}\)[ ]?[0-9]{{3,4}}[-–. ][0-9]{{4}}{_NUMBER_END}")
@@ -209,9 +204,9 @@ def remove_personal(text: str) -> str:
         text = _EMAIL.sub(_REMOVED, text)
     if "-" in text and _RESIDENT_TAIL.search(text):
         text = _RESIDENT_NUMBER.sub(_REMOVED, text)
-    text = _TELEPHONE.sub(_REMOVED, text)
     if "(0" in text:
         text = _BRACKETED_TELEPHONE.sub(_REMOVED, text)
+    text = _TELEPHONE.sub(_REMOVED, text)
     if "+82" in text:
         text = _FOREIGN_TELEPHONE.sub(_REMOVED, text)
     text = _SERVICE_NUMBER.sub(_drop_service_number, text)
@@ -223,9 +218,11 @@ def remove_personal(text: str) -> str:
 
 
 def _drop_service_number(match: re.Match[str]) -> str:
-    """1588-1234 is a telephone number and 1588-1599 a span of years: only a cue or a falling pair tells."""
+    """1588-1234 is a telephone number and 1588-1599 a span of years: a cue tells, or a pair that is no span."""
     cue = _TELEPHONE_CUE.search(match.string[max(0, match.start() - 20) : match.start()])
-    return _REMOVED if cue or int(match[2]) < int("1" + match[1]) else match[0]
+    first, second = int("1" + match[1]), int(match[2])
+    no_span = second < first or (second >= 5000 and first % 100)
+    return _REMOVED if cue or no_span else match[0]
 
 
 def _cut_elements(text: str) -> str:
@@ -264,9 +261,7 @@ def _closer(kind: str) -> re.Pattern[str]:
 def _strip_tags(text: str) -> str:
     if "<su" in text or "<SU" in text:
         # 10<sup>6</sup> must not become 106.
-        text = _RAISED_TAG.sub(
-            lambda match: (raised if match[1].lower() == "sup" else lowered)(match[2]), text
-        )
+        text = _RAISED_TAG.sub(lambda match: (raised if match[1].lower() == "sup" else lowered)(match[2]), text)
     return _TAG.sub("", _BREAK_TAG.sub("\n", text))
 
 

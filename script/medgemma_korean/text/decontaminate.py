@@ -104,8 +104,8 @@ def item_options(item: Mapping[str, Any]) -> list[str]:
 class ExamIndex:
     """Exam items by their 13-grams and by their folded question and options.
 
-    `items` are mappings with "id", "question" and the options "A" to "E" ("E" may be missing or empty). Ids are returned
-    as strings. Raises ValueError, naming the position, for an item without id or question.
+    `items` are mappings with "id", "question" and the options "A" to "E" ("E" may be missing or empty). Ids are
+    returned as strings. Raises ValueError, naming the position, for an item without id or question.
     """
 
     def __init__(self, items: Iterable[Mapping[str, Any]]) -> None:
@@ -132,9 +132,7 @@ class ExamIndex:
             whole = question + "".join(options)
             if 0 < len(whole) < GRAM:
                 self._short.append((whole, position))
-            sets = [
-                [np.unique(grams(text))] for text in _printed_forms(question, options) if len(text) >= GRAM
-            ]
+            sets = [[np.unique(grams(text))] for text in _printed_forms(question, options) if len(text) >= GRAM]
             if len(specific[position]):
                 sets.append([question_grams[position], specific[position]])
             for rows in sets:
@@ -180,9 +178,7 @@ class ExamIndex:
         inside = positions + GRAM <= ends[documents] if len(positions) else np.empty(0, dtype=bool)
         documents, rows = documents[inside], rows[inside]
         borders = np.flatnonzero(np.diff(documents)) + 1
-        for group_documents, group_rows in zip(
-            np.split(documents, borders), np.split(rows, borders), strict=True
-        ):
+        for group_documents, group_rows in zip(np.split(documents, borders), np.split(rows, borders), strict=True):
             if len(group_rows):
                 found[group_documents[0]] = self._touched_items(np.unique(group_rows))
         for text, position in self._short:

@@ -31,7 +31,10 @@ _EMPTY_SLOT = np.uint32(0xFFFFFFFF)
 
 
 def content_key(text: str) -> bytes:
-    """Return the 16-byte xxh3-128 digest of the UTF-8 text: equal texts have equal keys."""
+    """Return the 16-byte xxh3-128 digest of the UTF-8 text: equal texts have equal keys.
+
+    Raises UnicodeEncodeError for a lone surrogate, which cleaning removes.
+    """
     return xxhash.xxh3_128_digest(text.encode("utf-8"))
 
 
@@ -108,9 +111,7 @@ def near_duplicate_of(signatures: np.ndarray) -> np.ndarray:
         starts[same] = False
         first = order[np.maximum.accumulate(np.where(starts, np.arange(count), 0))][same]
         # Also the neighbour: the first of a bucket may be a stranger that shares this band only.
-        pairs = np.stack(
-            [np.concatenate([first, order[same - 1]]), np.concatenate([order[same], order[same]])]
-        )
+        pairs = np.stack([np.concatenate([first, order[same - 1]]), np.concatenate([order[same], order[same]])])
         for low in range(0, pairs.shape[1], _VERIFY_CHUNK):
             chunk = pairs[:, low : low + _VERIFY_CHUNK]
             # Pairs joined in an earlier band need no second verification.

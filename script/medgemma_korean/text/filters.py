@@ -27,8 +27,9 @@ MIN_ADULT_SCORE = 2.0
 MIN_ADULT_DENSITY = 0.5
 # A word that is ambiguous alone counts half, and only beside an unambiguous one.
 ADULT_CONTEXT_WEIGHT = 0.5
-# At most this much is subtracted, so that advertisers cannot buy themselves free with "치료" and "병원".
-MAX_SUBTRACTED = 4.0
+# Subtracted in full, without a cap: a medical page may repeat a compound as often as it likes, because it repeats its
+# medical words more often; spam holds one for every five of its own.
+MEDICAL_WEIGHT = 1.0
 # Reports about crimes quote the words of the trade, but spam mentions the police too ("단속 걱정 없는"): half weight.
 REPORTING_WEIGHT = 0.5
 # A page may mention "무료 상담" once or twice; three such phrases, one per 1,000 characters, are an advertisement.
@@ -121,8 +122,8 @@ def adult_score(text: str) -> float:
     if hits < MIN_ADULT_HITS:
         return 0.0
     context = ADULT_CONTEXT_WEIGHT * _count("adult_context", text)
-    subtracted = _count("medical", text) + REPORTING_WEIGHT * _count("reporting", text)
-    return hits + context - min(subtracted, MAX_SUBTRACTED)
+    subtracted = MEDICAL_WEIGHT * _count("medical", text) + REPORTING_WEIGHT * _count("reporting", text)
+    return hits + context - subtracted
 
 
 def is_adult(text: str) -> bool:

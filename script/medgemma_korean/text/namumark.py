@@ -27,13 +27,14 @@ _DROPPED_LINK = re.compile(r":?\s*(?:파일|분류|그림|틀|미디어|file|ima
 _LANGUAGE_LINK = re.compile(r"[a-z]{2,3}(?:-[a-z]{2,8})?:")
 _SECTION_ANCHOR = re.compile(r"#s-[0-9.]*[0-9]")
 _STYLE_ATTRIBUTE = r'(?:[ \t]*[a-z-]{1,20}[ \t]*=[ \t]*"[^"\n]{0,2000}")'
+# Removed before the scan, so that a group that is never closed leaves no header behind either.
 _BRACE_HEADER = re.compile(
+    r"\{\{\{(?:"
     rf"#!wiki(?:{_STYLE_ATTRIBUTE}+[ \t]*\n?|[^\n]*\n?)"
     r"|#!(?:folding|if)[^\n]*\n?"
-    r"|#![a-z]+[ \t]*\n?"
-    # A colour is followed by a space; some pages forget it before bold text or another group.
-    r"|#[A-Za-z0-9]{3,20}(?:,[ ]?#[A-Za-z0-9]{3,20})?(?:[ \n]|(?=''|$))"
-    r"|[+-][1-5](?:[ \n]|(?=''|$))"
+    r"|#!(?!syntax|html)[a-z]+[ \t]*\n?"
+    # A colour or size is followed by a space; some pages forget it before bold text or another group.
+    r"|(?:#[A-Za-z0-9]{3,20}(?:,[ ]?#[A-Za-z0-9]{3,20})?|[+-][1-5])(?:[ \n]|(?=''|\[\[|\{\{\{)))"
 )
 
 _COMMENT_LINE = re.compile(r"^##[^\n]*\n?", re.MULTILINE)
@@ -61,7 +62,7 @@ _CELL = re.compile(
     r"|(?:table|row|col)?[ ]?(?:align|width|height|bgcolor|bordercolor|color|style|class)[^<>\n]{0,120})>){0,20}",
     re.IGNORECASE,
 )
-_CAPTION = re.compile(r"^[ ]*\|([^|\n]{1,200})\|(?=[^|\n]|\|\|)", re.MULTILINE)
+_CAPTION = re.compile(r"^[ ]*\|([^|\n]{1,200})\|(?=[^|\n])", re.MULTILINE)
 _RULE_LINE = re.compile(r"^-{4,}[ ]*$", re.MULTILINE)
 _NAMU_LINE_MARK = re.compile(
     r"^[ \t]*>[> \t]*(?:\*+[ \t]*)?|^[ \t]+(?:\*[ \t]*|(?:1|[aAiI])\.(?:#[0-9]{1,6})?[ \t]+)?|^\*[ \t]+",
@@ -74,19 +75,20 @@ _MAGIC_WORD = re.compile(r"__(?:NOTOC|TOC|NOEDITSECTION|FORCETOC|목차|목차�
 _ORPHAN_COMMA = re.compile(r"\([ ]?[,;·][ ]?")
 _EMPTY_PARENTHESES = re.compile(r"\((?<![A-Za-z0-9_]\()[ ]{0,3}\)")
 
-_RAISED = str.maketrans("0123456789+-−=()n", "⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁻⁼⁽⁾ⁿ")
-_LOWERED = str.maketrans("0123456789+-−=()", "₀₁₂₃₄₅₆₇₈₉₊₋₋₌₍₎")
-_RAISABLE = frozenset("0123456789+-−=()n")
+_RAISED = str.maketrans("0123456789+-−n", "⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁻ⁿ")
+_LOWERED = str.maketrans("0123456789+-−n", "₀₁₂₃₄₅₆₇₈₉₊₋₋ₙ")
+# An exponent, an index or a charge; longer numbers, such as years, are small print and stay readable.
+_SMALL_NUMBER = re.compile(r"[+−-]?[0-9]{1,3}[+−-]?|[+−-]|n")
 
 
 def raised(content: str) -> str:
-    """Return `content` as Unicode superscript when it is a number or charge, else unchanged: 10^^6^^ is not 106."""
-    return content.translate(_RAISED) if set(content) <= _RAISABLE else content
+    """Return an exponent or charge as Unicode superscript, other content unchanged: 10^^6^^ must not become 106."""
+    return content.translate(_RAISED) if _SMALL_NUMBER.fullmatch(content) else content
 
 
 def lowered(content: str) -> str:
-    """Return `content` as Unicode subscript when it is a number, else unchanged: H,,2,,O becomes H₂O."""
-    return content.translate(_LOWERED) if set(content) <= _RAISABLE - {"n"} else content
+    """Return an index as Unicode subscript, other content unchanged: H,,2,,O becomes H₂O."""
+    return content.translate(_LOWERED) if _SMALL_NUMBER.fullmatch(content) else content
 
 
 def strip_markup(text: str, dialect: str) -> str:
@@ -106,6 +108,7 @@ def _strip_namumark(text: str) -> str:
     if "##" in text:
         text = _COMMENT_LINE.sub("", text)
     if "[[" in text or "{{" in text or "}}" in text or "]]" in text:
+        text = _BRACE_HEADER.sub("{{{", text)
         text = _resolve_spans(text, _NAMU_DELIMITER, _close_namu)
     if "[" in text:
         text = _resolve_brackets(text)
@@ -122,7 +125,7 @@ def _strip_namumark(text: str) -> str:
     if ",," in text:
         text = _SUBSCRIPT.sub(lambda match: lowered(match[1]), text)
     if "||" in text:
-        text = _CELL.sub(" ", _CAPTION.sub(r"\1 ||", text))
+        text = _CELL.sub(" ", _CAPTION.sub(r"\1||", text))
     text = _NAMU_LINE_MARK.sub("", text)
     return _drop_leftovers(text)
 
@@ -183,14 +186,7 @@ def _close_namu(closer: str, pieces: list[str]) -> str:
     if closer == "]]":
         return _link_text("".join(pieces))
     if closer == "}}}":
-        # The header stands in the first piece, so the body is never searched.
-        if pieces[0].startswith(("#!syntax", "#!html")):
-            return ""
-        if pieces[0][:1] in "#+-":
-            pieces[0] = (
-                _BRACE_HEADER.sub("", pieces[0], count=1) if _BRACE_HEADER.match(pieces[0]) else pieces[0]
-            )
-        return "".join(pieces)
+        return "" if pieces[0].startswith(("#!syntax", "#!html")) else "".join(pieces)
     # NamuMark has no templates in braces: "{{|boxed text|}}" is prose.
     return "".join(pieces).strip("|")
 

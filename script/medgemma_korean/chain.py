@@ -1,0 +1,107 @@
+"""How the trained links hang together: which base and adapter a stage starts from, found through stage records.
+
+raw_lora_added -> 00_trained -> 01_trained -> 01_another_lora_added -> 02_trained
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from medgemma_korean.cli import PipelineError, log
+from medgemma_korean.paths import RunPaths, show
+from medgemma_korean.stage import RECORD_NAME, Input, read_record
+
+
+@dataclass
+class Link:
+    """One link of the chain: a base folder, the adapter on it (None where only a fresh one exists)."""
+
+    role: str
+    folder: Path
+    base: Path
+    adapter: Path | None  # trained; None when nothing was trained on this base yet
+    fresh: Path | None  # the untrained adapter beside the base
+    fingerprint: str
+    repair: str = ""
+    warnings: list[str] = field(default_factory=list)
+
+    def input(self, model: str) -> Input:
+        return Input(self.role, self.folder, self.folder / RECORD_NAME, self.repair.format(model=model))
+
+    @property
+    def start(self) -> Path:
+        """The adapter that training continues: the trained one, else the fresh one."""
+        return self.adapter or self.fresh
+
+
+# Folder kind, program that makes it, and what a stage may start from, nearest first.
+_MAKERS = {
+    "raw_lora_added": "python script/model/add_lora.py --model {model}",
+    "00_trained": "python script/train/train_00_plain_text.py --model {model}",
+    "01_trained": "python script/train/train_01_medical_dict.py --model {model}",
+    "01_another_lora_added": "python script/model/add_lora.py --second --model {model}",
+}
+_STARTS = {
+    "train_00": ("raw_lora_added",),
+    "train_01": ("00_trained", "raw_lora_added"),
+    "add_lora_second": ("01_trained", "00_trained", "raw_lora_added"),
+    "train_02": ("01_another_lora_added",),
+    "loop": ("01_another_lora_added",),
+}
+
+
+def nearest(paths: RunPaths, stage: str) -> Link:
+    """The nearest complete link that a stage can start from, with a warning for every link that was skipped.
+
+    Raises PipelineError naming the command that makes the missing one.
+    """
+    kinds = _STARTS[stage]
+    for i, kind in enumerate(kinds):
+        if read_record(paths.model_folder(kind) / RECORD_NAME) is not None:
+            link = of_folder(paths, paths.model_folder(kind), kind)
+            for skipped in kinds[:i]:
+                link.warnings.append(f"{skipped} was skipped; {stage} starts from {kind}")
+                log.warning(link.warnings[-1])
+            return link
+    repair = _MAKERS[kinds[0]].format(model=paths.model)
+    raise PipelineError(f"{show(paths.model_folder(kinds[0]))} does not exist or is incomplete; run: {repair}")
+
+
+def of_folder(paths: RunPaths, folder: Path, role: str | None = None) -> Link:
+    """The link of a folder: one with base/ and adapter/, or a trained one, whose record names its base.
+
+    Raises PipelineError when the folder is neither.
+    """
+    folder = folder.resolve()
+    record = read_record(folder / RECORD_NAME)
+    if record is None:
+        raise PipelineError(f"{show(folder)}: no complete model there (stage.json is missing)")
+    role = role or folder.parent.name
+    repair = _MAKERS.get(role, "")
+    if (folder / "base").is_dir():
+        return Link(role, folder, folder / "base", None, folder / "adapter", record["fingerprint"], repair)
+    if "base_folder" in record and (folder / "final").is_dir():
+        base = (folder / record["base_folder"]).resolve()
+        check_base(folder, record, base)
+        return Link(role, folder, base, folder / "final", None, record["fingerprint"], repair)
+    raise PipelineError(f"{show(folder)}: neither a base with a fresh adapter nor a trained adapter")
+
+
+def check_base(folder: Path, record: dict[str, Any], base: Path) -> None:
+    """Refuse a trained adapter whose base was made anew since. Raises PipelineError."""
+    maker = read_record(base.parent / RECORD_NAME)
+    if maker is None:
+        raise PipelineError(f"{show(folder)}: its base {show(base)} is gone or incomplete")
+    if maker["fingerprint"] != record["base_fingerprint"]:
+        raise PipelineError(f"{show(folder)}: its base {show(base)} is another one now; train again with --force")
+
+
+def held_out_inputs(paths: RunPaths, model: str) -> list[Input]:
+    """What every stage that scores a model reads: the validation texts and the exam questions."""
+    refine = f"python script/refine/refine_all.py --model {model}"
+    return [
+        Input("plain text", paths.plain_text, paths.record("refine_00_plain_text"), refine),
+        Input("exam questions", paths.mcq, paths.record("refine_02_kor_med_test"), refine),
+    ]

@@ -1,0 +1,87 @@
+"""Stage 00, continued pre-training on Korean plain text: first the new token rows alone, then rows and LoRA.
+
+Reads   model/raw_lora_added/<name>/, data/02_refined/00_plain_text/, data/02_refined/00_english_replay/
+Writes  model/00_trained/<name>/{final/,checkpoint-N/,training_info.json,evaluation.json,README.md}
+
+    python script/train/train_00_plain_text.py --model tiny
+    python script/train/train_00_plain_text.py --model medgemma-4b --max-samples 20000
+
+English is replayed all the way, more of it while only rows train; documents are packed and do not see each other.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from medgemma_korean import chain, cli, evaluation, records, trained, training
+from medgemma_korean.paths import RunPaths
+from medgemma_korean.stage import Input
+
+PROGRAM = "train_00_plain_text"
+
+
+def data(paths: RunPaths, model: str) -> list[Input]:
+    english = Input("English replay", paths.english_replay, paths.record("refine_00_plain_text"))
+    return [*chain.held_out_inputs(paths, model), english]
+
+
+def packed(context: trained.Context, folder, limit: int | None) -> list[training.Row]:
+    """The packed sequences of a folder's training documents."""
+    documents = training.sample(list(records.read_jsonl(folder / "train.jsonl")), limit, context.seed)
+    context.counts[folder.name] = len(documents)
+    length = context.settings.max_length
+    rows = [row for d in documents for row in training.text_rows(context.tokenizer, d["text"], length)]
+    return training.pack(rows, length)
+
+
+def build(context: trained.Context) -> training.Plan:
+    settings, paths = context.settings, context.paths
+    korean_once = packed(context, paths.plain_text, context.args.max_samples)
+    english = packed(context, paths.english_replay, None)
+    korean = training.epochs_of(lambda _: list(korean_once), settings.epochs, context.seed)
+    # Two phases with their own share of English. The first is a share of all steps, so its Korean is the share
+    # of the Korean sequences that those steps hold.
+    first, r1, r2 = settings.rows_only_steps, settings.replay_rows_only, settings.replay
+    cut = round(len(korean) * first * (1 - r1) / (first * (1 - r1) + (1 - first) * (1 - r2))) if first else 0
+    head = training.mixed(korean[:cut], english, r1, context.seed)
+    rows = head + training.mixed(korean[cut:], english, r2, context.seed + 1)
+    context.counts |= {"rows": len(rows), "korean_sequences": len(korean)}
+    texts = evaluation.held_out_texts(paths, context.profile)
+
+    def look(model) -> dict:
+        bits = {
+            name: evaluation.bits_per_character(
+                model, context.tokenizer, texts[name], context.profile.score_window, context.profile.score_batch
+            )
+            for name in ("korean", "english")
+        }
+        return {"korean_bits": bits["korean"], "english_bits": bits["english"]}
+
+    trains_rows = settings.row_learning_rate > 0
+    return training.Plan(
+        rows=rows,
+        settings=settings,
+        packed=True,
+        metric="korean_bits",
+        larger=False,
+        evaluate=look,
+        rows_only_steps=len(head) // settings.batch if trains_rows else 0,
+        seed=context.seed,
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = trained.make_parser(__doc__).parse_args(argv)
+    return trained.run(
+        args,
+        program=PROGRAM,
+        stage_name="train_00",
+        stage_settings=lambda profile: profile.plain_text,
+        output=lambda paths: paths.trained_00,
+        data=data,
+        build=build,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main))
