@@ -43,13 +43,19 @@ def main(argv: list[str] | None = None) -> int:
     _, paths = cli.resolve(args)
     cli.start_logging(paths, "download_00_plain_text")
     origins = {}
-    if not records.row_files(paths.raw_korean):
+    # Written before the first download and removed after the last: without it a run that broke off after one source
+    # would pass for a data folder that a person filled.
+    begun = paths.record("download_00_plain_text").with_suffix(".begun")
+    if begun.is_file() or not records.row_files(paths.raw_korean):
         from medgemma_korean import hub
 
+        origins = records.read_json(begun) if begun.is_file() else {}
+        records.write_json(begun, origins)
+        again = cli.command("download/download_00_plain_text", args)
         for source in (s for s in SOURCES if s.stage == "00"):
             if not (paths.raw / source.folder).exists():
-                again = f"python script/download/download_00_plain_text.py --model {args.model}"
                 origins[source.key] = hub.fetch(source, paths.raw / source.folder, repo_type="dataset", what=again)
+                records.write_json(begun, origins)
     stage = Stage(
         "download_00_plain_text",
         paths,
@@ -69,6 +75,7 @@ def main(argv: list[str] | None = None) -> int:
         if not paths.raw_english.is_relative_to(paths.raw):
             log.info("no 00_english_replay in %s; the sample's English text is replayed", show(paths.raw))
         stage.complete(counts=counts, origins=origins)
+    begun.unlink(missing_ok=True)
     return 0
 
 

@@ -56,10 +56,12 @@ def main(argv: list[str] | None = None) -> int:
 
         source = BY_KEY["kor_med_test"]
         raw = folder.with_name(".02_kor_med_test.parquet")
-        again = f"python script/download/download_02_kor_med_test.py --model {args.model}"
+        again = cli.command("download/download_02_kor_med_test", args)
         if not raw.exists():
             origins[source.key] = hub.fetch(source, raw, repo_type="dataset", what=again)
-        convert(raw, folder)
+        part = folder.with_name(".02_kor_med_test.partial")
+        convert(raw, part)
+        part.rename(folder)
     missing = [show(folder / f"{split}.jsonl") for split in SPLITS if not (folder / f"{split}.jsonl").is_file()]
     if missing:
         raise PipelineError(f"missing: {', '.join(missing)}")

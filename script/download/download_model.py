@@ -46,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
 
     from medgemma_korean import hub
 
-    again = f"python script/download/download_model.py --model {profile.name}"
+    again = cli.command("download/download_model", args)
     with stage.work(resumable=True) as folder:
         origin = hub.fetch(source, folder / "files", repo_type="model", what=again)
         for file in (folder / "files").iterdir():

@@ -11,6 +11,7 @@ import errno
 import logging
 import os
 import re
+import shlex
 import signal
 import sys
 import time
@@ -47,7 +48,7 @@ class Parser(argparse.ArgumentParser):
     """argparse in the words of this project: a wrong option is one line and exit code 2."""
 
     def error(self, message: str):
-        self.exit(EXIT_INPUT, f"error: {message}\nSee: {self.prog} --help\n")
+        self.exit(EXIT_INPUT, f"error: {message}; see {self.prog} --help\n")
 
 
 def make_parser(doc: str, *, device: bool = False, force: bool = True) -> argparse.ArgumentParser:
@@ -206,6 +207,8 @@ def run(main: Callable[[], int | None]) -> int:
     except MemoryError:
         _say("error: out of memory; give --batch-size a smaller value or use a machine with more memory")
         return EXIT_INPUT
+    except BrokenPipeError:  # before OSError, which it is one of: `program | head` is no fault
+        return EXIT_DONE
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             _say(f"error: no space left on the disk of {error.filename or Path.cwd()}; free some and run again")
@@ -215,8 +218,6 @@ def run(main: Callable[[], int | None]) -> int:
             _say(traceback.format_exc())
             return EXIT_BUG
         return EXIT_INPUT
-    except BrokenPipeError:
-        return EXIT_DONE
     except Exception:
         _say(traceback.format_exc() + "this is a bug; please report it with the lines above")
         return EXIT_BUG
@@ -275,3 +276,12 @@ def shared_argv(args: argparse.Namespace) -> list[str]:
         if getattr(args, option, None):
             argv += [f"--{option.replace('_', '-')}", getattr(args, option)]
     return argv + (["--force"] if getattr(args, "force", False) else [])
+
+
+def command(program: str, args: argparse.Namespace) -> str:
+    """The command line of a program below script/ for the same model, data and run, to paste."""
+    argv = ["python", f"script/{program}.py", "--model", args.model]
+    for option in ("data_dir", "name"):
+        if getattr(args, option, None):
+            argv += [f"--{option.replace('_', '-')}", getattr(args, option)]
+    return shlex.join(argv)

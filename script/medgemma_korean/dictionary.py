@@ -103,7 +103,7 @@ def missing_files(folder: Path) -> list[str]:
 
 # cleaning -----------------------------------------------------------------------------------------------
 
-_NUMBERED = re.compile(r"(?:^|\s)(\d{1,2})\.\s*(?=\S)")
+_NUMBERED = re.compile(r"(?:^|\s)(\d{1,2})\.(?!\d)\s*(?=\S)")  # "1. 폐포", not "1.5 테슬라"
 _GLOSS = re.compile(r"^(?P<term>[^-–—:]{1,40}?)\s*[-–—:]\s*(?P<gloss>.{8,})$")
 _SENTENCE = re.compile(r"(?:다|함|음|임|것|[은는을를의된한한])\.?(?:\s|$)")
 
@@ -124,11 +124,16 @@ def clean_term(term: str) -> tuple[str, str]:
     for start, end in zip(bounds, ends, strict=True):
         piece = term[start:end].strip()
         gloss = _GLOSS.match(piece)
-        if gloss and (" " in gloss["gloss"] or _SENTENCE.search(gloss["gloss"])):
+        if gloss and _is_gloss(gloss["gloss"]):
             glosses.append(gloss["gloss"].strip())
             piece = gloss["term"]
         pieces += piece.split()
     return "/".join(dict.fromkeys(pieces)), " ".join(glosses)
+
+
+def _is_gloss(text: str) -> bool:
+    """A phrase or sentence behind a hyphen, not the rest of a hyphenated term (`α1-항트립신 결핍증`)."""
+    return text.endswith(".") or text.count(" ") >= 2 or _SENTENCE.search(text) is not None
 
 
 def clean_definition(definition: str) -> str:
@@ -162,6 +167,9 @@ def merge(entries: Iterable[Entry], veterinary: bool = True) -> tuple[list[Merge
         known = {sense.casefold() for sense in target.senses}
         # A detailed sense that begins with the bare equivalent already holds it.
         if definition.casefold() in known or any(s.startswith(f"{definition.casefold()} - ") for s in known):
+            counts["dropped: same sense"] += 1
+        elif bare := [i for i, s in enumerate(target.senses) if definition.casefold().startswith(f"{s.casefold()} - ")]:
+            target.senses[bare[0]] = definition
             counts["dropped: same sense"] += 1
         else:
             target.senses.append(definition)

@@ -5,6 +5,7 @@ The text file is rewritten atomically from a small JSON state beside it, which a
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import os
 import time
@@ -32,9 +33,9 @@ def stage_of(program: str) -> str:
 
 def read_state(paths: RunPaths) -> dict[str, Any]:
     """The progress state; an empty one where nothing has run or the file is damaged."""
-    if paths.progress_state.is_file():
+    with contextlib.suppress(records.PipelineError):
         state = records.read_json(paths.progress_state)
-        if isinstance(state, dict) and "stages" in state:
+        if isinstance(state, dict) and isinstance(state.get("stages"), dict):
             return state
     return {"name": paths.name, "stages": {}}
 
@@ -55,7 +56,8 @@ def update(
     stage = driver_stage or stage_of(program)
     now = time.time()
     entry = whole["stages"].get(stage, {})
-    if entry.get("state") != "running" or entry.get("program") != program:
+    # A killed process leaves "running" behind; the next one starts its own clock.
+    if entry.get("state") != "running" or entry.get("program") != program or entry.get("pid") != os.getpid():
         entry["since"] = now
     entry |= {"state": state, "program": program, "changed": now, "pid": os.getpid()}
     if done is not None and total:

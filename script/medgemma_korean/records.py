@@ -10,13 +10,16 @@ import gzip
 import hashlib
 import json
 import os
+import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
 from medgemma_korean.cli import PipelineError
 
-ROW_SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".parquet")
+# Files of these names hold one JSON object a line (C4 calls them .json.gz).
+LINE_SUFFIXES = (".jsonl", ".jsonl.gz", ".json.gz")
+ROW_SUFFIXES = (*LINE_SUFFIXES, ".json", ".parquet")
 
 
 def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
@@ -37,7 +40,7 @@ def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
                 if not line.strip():
                     continue
                 yield _parse_line(line, path, number)
-    except (EOFError, gzip.BadGzipFile) as error:
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise PipelineError(f"{path}, line {number + 1}: damaged or cut gzip file ({error})") from None
 
 
@@ -46,8 +49,8 @@ def _parse_line(line: bytes, path: Path, number: int) -> dict[str, Any]:
         row = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:
         raise PipelineError(f"{path}, line {number}: not UTF-8 (byte {error.start})") from None
-    except (json.JSONDecodeError, RecursionError) as error:
-        reason = error.msg if isinstance(error, json.JSONDecodeError) else "nested too deeply"
+    except (ValueError, RecursionError) as error:  # a plain ValueError is a number of thousands of digits
+        reason = error.msg if isinstance(error, json.JSONDecodeError) else "nested too deeply or too long a number"
         raise PipelineError(f"{path}, line {number}: not valid JSON ({reason})") from None
     if not isinstance(row, dict):
         raise PipelineError(f"{path}, line {number}: expected a JSON object, found {type(row).__name__}")
@@ -92,7 +95,7 @@ def row_files(folder: Path) -> list[Path]:
 
 def read_rows(path: Path) -> Iterator[dict[str, Any]]:
     """Rows of one file by its suffix; a `.json` file must hold a list of objects."""
-    if path.name.endswith((".jsonl", ".jsonl.gz")):
+    if path.name.endswith(LINE_SUFFIXES):
         yield from read_jsonl(path)
     elif path.suffix == ".parquet":
         yield from read_parquet(path)

@@ -232,8 +232,8 @@ class Stage:
                 + "\n  ".join(differences)
                 + "\nTo redo it and what depends on it, add --force (old results are kept as .previous)."
             )
-        self._report(state="complete")
         gate = record.get("gate")
+        self._report(state="gate" if gate and not gate["passed"] else "complete")
         if gate and not gate["passed"] and not self.allow_regression:
             log.error("already complete, and its gate failed: %s", "; ".join(gate["reasons"]))
             return EXIT_GATE
@@ -342,7 +342,6 @@ class Stage:
 
         Raises PipelineError when an output was not made, GateError (after publishing) when the gate failed.
         """
-        (self._work / ".identity.json").unlink()
         home = self.outputs[0] if self.is_model else self.paths.data
         record: dict[str, Any] = {
             "program": self.program,
@@ -369,6 +368,8 @@ class Stage:
                 log.info("the old result is kept as %s", show(old))
             self.outputs[0].parent.mkdir(parents=True, exist_ok=True)
             self._work.rename(self.outputs[0])
+            # Last: a kill while the files were hashed must find the work folder still resumable.
+            (self.outputs[0] / ".identity.json").unlink()
         else:
             self._publish_data(record)
         self._report(state="complete" if not gate or gate["passed"] else "gate", percent=100.0, metric=metric)

@@ -114,6 +114,7 @@ def run(
         if len(tokenizer) > base.get_input_embeddings().weight.shape[0]:
             raise PipelineError(f"{show(link.base)}: the tokenizer has more ids than the model has rows")
         model = modeling.load_adapter(base, link.start, trainable=True)
+        model.peft_config["default"].base_model_name_or_path = str(link.base)
         outcome = training.train(model, tokenizer, plan, folder, profile, paths, stage)
         modeling.load_adapter_weights(model, outcome.best)
         log.info("best of %s: step %d", cli.count(len(outcome.history), "evaluation"), outcome.best_step)

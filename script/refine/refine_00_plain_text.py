@@ -204,7 +204,7 @@ def main(argv: list[str] | None = None) -> int:
     args = make_parser().parse_args(argv)
     profile, paths = cli.resolve(args)
     cli.start_logging(paths, "refine_00_plain_text")
-    download = f"python script/download/download_00_plain_text.py --model {args.model}"
+    download = cli.command("download/download_00_plain_text", args)
     stage = Stage(
         "refine_00_plain_text",
         paths,
@@ -212,7 +212,7 @@ def main(argv: list[str] | None = None) -> int:
         inputs=[
             Input("Korean text", paths.raw_korean, repair=download),
             Input("English replay", paths.raw_english, repair=download),
-            Input("exam questions", paths.raw_mcq, repair="python script/download/download_02_kor_med_test.py"),
+            Input("exam questions", paths.raw_mcq, repair=cli.command("download/download_02_kor_med_test", args)),
         ],
         settings={
             "max_samples": args.max_samples,

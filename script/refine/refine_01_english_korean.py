@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
         paths,
         outputs=[paths.pairs],
         inputs=[
-            Input("sentence pairs", paths.raw_pairs, repair="python script/download/download_01_english_korean.py")
+            Input("sentence pairs", paths.raw_pairs, repair=cli.command("download/download_01_english_korean", args))
         ],
         settings={"shortest": SHORTEST, "longest": LONGEST, "ratio": list(RATIO)},
         format=FORMAT,
