@@ -56,6 +56,7 @@ def main(argv: list[str] | None = None) -> int:
             if not (paths.raw / source.folder).exists():
                 origins[source.key] = hub.fetch(source, paths.raw / source.folder, repo_type="dataset", what=again)
                 records.write_json(begun, origins)
+        begun.unlink()
     stage = Stage(
         "download_00_plain_text",
         paths,
@@ -75,7 +76,6 @@ def main(argv: list[str] | None = None) -> int:
         if not paths.raw_english.is_relative_to(paths.raw):
             log.info("no 00_english_replay in %s; the sample's English text is replayed", show(paths.raw))
         stage.complete(counts=counts, origins=origins)
-    begun.unlink(missing_ok=True)
     return 0
 
 

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import sys
 
+from medgemma_korean import cli
+from medgemma_korean.sources import SOURCES
+
 import download_00_plain_text
 import download_01_english_korean
 import download_01_medical_dict
 import download_02_kor_med_test
 import download_model
-
-from medgemma_korean import cli
-from medgemma_korean.sources import SOURCES
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -111,8 +111,8 @@ _SENTENCE = re.compile(r"(?:다|함|음|임|것|[은는을를의된한한])\.?(?
 def clean_term(term: str) -> tuple[str, str]:
     """A dictionary headword without numbering, and the gloss that stood inside it ("" where there was none).
 
-    `1. 조 치조 2. 폐포` -> `조/치조/폐포`; `1. 첨단농양-기관의 첨단에 위치한 농양. 2. 근첨농양` -> `첨단농양/근첨농양` with
-    its gloss. Unnumbered terms keep their spaces, brackets and Hanja: `간 스캔`, `(골)수강`, `각(脚)`.
+    `1. 조 치조 2. 폐포` -> `조/치조/폐포`; `1. 첨단농양-기관의 첨단에 위치한 농양. 2. 근첨농양` ->
+    `첨단농양/근첨농양` with its gloss. Unnumbered terms keep spaces, brackets and Hanja: `간 스캔`, `(골)수강`.
     """
     term = normalise_line(term)
     marks = list(_NUMBERED.finditer(term))

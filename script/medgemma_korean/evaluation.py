@@ -251,7 +251,8 @@ def gate(base: Mapping[str, Any], after: Mapping[str, Any], profile: ModelProfil
         )
     if ratio > profile.gate_english:
         reasons.append(
-            f"English bits per character rose by {ratio - 1:.1%} over the base, more than {profile.gate_english - 1:.0%}"
+            f"English bits per character rose by {ratio - 1:.1%} over the base, "
+            f"more than {profile.gate_english - 1:.0%}"
         )
     return {"passed": not reasons, "reasons": reasons, "p": change["p"], "english_ratio": ratio}
 

@@ -49,7 +49,8 @@ def fetch(source: Source, target: Path, *, repo_type: str, what: str) -> dict[st
         ) from None
     except (OfflineModeIsEnabled, LocalEntryNotFoundError) as error:
         raise PipelineError(
-            f"{source.id}: the hub cannot be reached ({type(error).__name__}); check the connection or HF_HUB_OFFLINE, {again}"
+            f"{source.id}: the hub cannot be reached ({type(error).__name__}); "
+            f"check the connection or HF_HUB_OFFLINE, {again}"
         ) from None
     except HfHubHTTPError as error:
         raise PipelineError(f"{source.id}: the hub answered {str(error).splitlines()[0]}; {again}") from None

@@ -187,13 +187,14 @@ print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_t
 Dev accuracy by option letters: {score["correct"]} of {score["n"]} = {score["accuracy"]:.1%}
 (95 % interval {score["lower"]:.1%} to {score["upper"]:.1%}); always answering {score["majority_letter"]} gives
 {score["majority_accuracy"]:.1%}{", so this is within chance" if mcq.within_chance(score) else ""}.
-Bits per character on held-out text: Korean {bits["korean"]:.3f}, medical Korean {bits["medical"]:.3f}, English {bits["english"]:.3f}.
+Bits per character on held-out text: Korean {bits["korean"]:.3f}, medical Korean {bits["medical"]:.3f},
+English {bits["english"]:.3f}.
 
 ## Training
 
 {info["steps"]} steps over {info["train_samples"]:,} rows, learning rate {info["learning_rate"]:g} at LoRA scale
-{info["lora_scale"]:g}, {sum(info["trainable_parameters"].values()):,} parameters trained, checkpoint of step {info["best_step"]}
-chosen on held-out data. Precision of the frozen base: {evaluation["precision"]}.
+{info["lora_scale"]:g}, {sum(info["trainable_parameters"].values()):,} parameters trained, checkpoint of step
+{info["best_step"]} chosen on held-out data. Precision of the frozen base: {evaluation["precision"]}.
 
 ## Data and licences
 

@@ -94,7 +94,7 @@ def epochs_of(make: Callable[[int], list[Row]], epochs: int, seed: int) -> list[
     """The rows of all epochs in order; each epoch is made anew (`make(epoch)`) and shuffled with its own seed."""
     ordered: list[Row] = []
     for epoch in range(epochs):
-        rows = make(epoch)
+        rows = list(make(epoch))
         random.Random(seed * 1000 + epoch).shuffle(rows)
         ordered += rows
     return ordered
@@ -143,7 +143,8 @@ def refuse_losses(program: str, dropped: int, total: int) -> None:
     """Raise PipelineError when more than 5 % of the rows are too long: the rest would be another data set."""
     if total and dropped / total > MAX_DROPPED:
         raise PipelineError(
-            f"{program}: {dropped} of {total} rows are longer than --max-length; raise it (at most {MAX_DROPPED:.0%} may be)"
+            f"{program}: {dropped} of {total} rows are longer than --max-length; raise it "
+            f"(at most {MAX_DROPPED:.0%} may be)"
         )
 
 

@@ -48,8 +48,20 @@ def held_out(paths: RunPaths) -> dict[str, list[str]]:
     }
 
 
-def learn(plain: list[str], medical: list[str], base, limit: int, min_count: float, weight: int, epochs: int):
-    """Continued BPE over the mix. min_count is over the planned stage 00, which reads the mix `epochs` times."""
+def planned_passes(profile: ModelProfile, plain: list[str], base) -> float:
+    """How often the planned stage 00 reads the mix: its epochs, or less where they are capped."""
+    from medgemma_korean import tokenizer as tokenizers
+
+    stage = profile.plain_text
+    if stage.max_rows is None:
+        return float(stage.epochs)
+    some = plain[:: max(1, len(plain) // 200)]
+    tokens = tokenizers.tokens_per_character(base, some) * sum(map(len, plain))
+    return stage.epochs * min(1.0, stage.max_rows * stage.max_length / tokens)
+
+
+def learn(plain: list[str], medical: list[str], base, limit: int, min_count: float, weight: int, passes: float):
+    """Continued BPE over the mix. min_count is over the planned stage 00, which reads the mix `passes` times."""
     from medgemma_korean import tokenizer as tokenizers
 
     words = tokenizers.count_words(plain)
@@ -58,10 +70,10 @@ def learn(plain: list[str], medical: list[str], base, limit: int, min_count: flo
     def segment(word: str) -> list[str]:
         return base.convert_ids_to_tokens(tokenizers.encode(base, word.replace("▁", " ")))
 
-    return tokenizers.continue_bpe(words, segment, set(base.get_vocab()), limit, min_count / epochs)
+    return tokenizers.continue_bpe(words, segment, set(base.get_vocab()), limit, min_count / passes)
 
 
-def use_in_training(extended, pieces: list[str], texts: list[str], epochs: int) -> dict[str, float]:
+def use_in_training(extended, pieces: list[str], texts: list[str], passes: float) -> dict[str, float]:
     """How often the new tokens occur in the mix, times the planned passes over it."""
     from collections import Counter
 
@@ -70,7 +82,7 @@ def use_in_training(extended, pieces: list[str], texts: list[str], epochs: int) 
     counts: Counter[int] = Counter()
     for text in texts:
         counts.update(tokenizers.encode(extended, text))
-    uses = sorted(counts[i] * epochs for i in extended.convert_tokens_to_ids(pieces))
+    uses = sorted(round(counts[i] * passes, 1) for i in extended.convert_tokens_to_ids(pieces))
     return {
         "unused": sum(n == 0 for n in uses),
         "updates_5th_percentile": uses[len(uses) // 20] if uses else 0,
@@ -99,10 +111,10 @@ def build(args: argparse.Namespace, profile: ModelProfile, paths: RunPaths, stag
 
     base = tokenizers.load(paths.raw_model)
     plain, medical = training_texts(paths)
-    epochs = profile.plain_text.epochs
+    passes = planned_passes(profile, plain, base)
     with stage.work() as folder:
         limit = settings["new_tokens"]
-        extension = learn(plain, medical, base, limit, settings["min_count"], profile.medical_weight, epochs)
+        extension = learn(plain, medical, base, limit, settings["min_count"], profile.medical_weight, passes)
         tokenizers.write_extended(paths.raw_model, folder, extension)
         extended, pieces = tokenizers.load(folder), extension.pieces
         texts = held_out(paths)
@@ -112,7 +124,7 @@ def build(args: argparse.Namespace, profile: ModelProfile, paths: RunPaths, stag
         before = {name: tokenizers.tokens_per_character(base, t) for name, t in texts.items()}
         after = {name: tokenizers.tokens_per_character(extended, t) for name, t in texts.items()}
         word, reason = verdict(before, after, len(pieces))
-        use = use_in_training(extended, pieces, plain + medical, epochs)
+        use = use_in_training(extended, pieces, plain + medical, passes)
         records.write_text(folder / "new_tokens.txt", "".join(f"{piece}\n" for piece in pieces))
         records.write_json(
             folder / "tokenizer_info.json",
@@ -157,6 +169,7 @@ def main(argv: list[str] | None = None) -> int:
         "min_count": args.min_count or profile.min_count,
         "medical_weight": profile.medical_weight,
         "epochs": profile.plain_text.epochs,
+        "max_rows": profile.plain_text.max_rows,
     }
     refine = f"python script/refine/refine_all.py --model {args.model}"
     stage = Stage(

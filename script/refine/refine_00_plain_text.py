@@ -2,7 +2,8 @@
 
 Reads   data/01_raw/00_korean/*/, data/01_raw/00_english_replay/ (the sample's where there is none),
         data/01_raw/02_kor_med_test/ (dev, test and fewshot items must not stand in training text)
-Writes  data/02_refined/00_plain_text/{train,validation}.jsonl, data/02_refined/00_english_replay/{train,validation}.jsonl
+Writes  data/02_refined/00_plain_text/{train,validation}.jsonl,
+        data/02_refined/00_english_replay/{train,validation}.jsonl
 
     python script/refine/refine_00_plain_text.py --model tiny
 """

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import sys
 
+from medgemma_korean import cli
+
 import refine_00_plain_text
 import refine_01_english_korean
 import refine_01_medical_dict
 import refine_02_kor_med_test
-
-from medgemma_korean import cli
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -38,7 +38,11 @@ def build(context: trained.Context) -> training.Plan:
     settings, paths = context.settings, context.paths
     korean_once = packed(context, paths.plain_text, context.args.max_samples)
     english = packed(context, paths.english_replay, None)
-    korean = training.epochs_of(lambda _: list(korean_once), settings.epochs, context.seed)
+    korean = training.epochs_of(
+        lambda epoch: training.sample(korean_once, settings.max_rows, context.seed + epoch),
+        settings.epochs,
+        context.seed,
+    )
     # Two phases with their own share of English. The first is a share of all steps, so its Korean is the share
     # of the Korean sequences that those steps hold.
     first, r1, r2 = settings.rows_only_steps, settings.replay_rows_only, settings.replay

@@ -66,7 +66,9 @@ def build(context: trained.Context) -> training.Plan:
     if not validation:
         raise PipelineError("no dictionary entry or pair is held out; the data is too small to choose a checkpoint on")
     rows = training.sample(rows, context.args.max_samples, context.seed)
-    main_rows = training.epochs_of(lambda _: list(rows), settings.epochs, context.seed)
+    main_rows = training.epochs_of(
+        lambda epoch: training.sample(rows, settings.max_rows, context.seed + epoch), settings.epochs, context.seed
+    )
     replay = training.replay_texts(tokenizer, paths, settings.max_length, context.seed)
     mixed = training.mixed(main_rows, replay, settings.replay, context.seed)
     context.counts |= {"rows": len(mixed), "held_out": len(validation), "too_long": dropped}

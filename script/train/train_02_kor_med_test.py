@@ -37,7 +37,7 @@ def epoch_rows(items: list[dict], epoch: int, context: trained.Context) -> list[
     rng = random.Random(f"{context.seed}/{epoch}")
     reasoned = [item for item in items if item.get("reasoning")]
     rows = []
-    for item in items:
+    for item in training.sample(items, context.settings.max_rows, context.seed + epoch):
         order = list(range(len(prompts.letters_of(item))))
         rng.shuffle(order)
         shuffled = prompts.shuffled(item, order)
