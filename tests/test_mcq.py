@@ -10,6 +10,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+
 from medgemma_korean import mcq
 from medgemma_korean.cli import PipelineError
 from medgemma_korean.mcq import combined_score, extract_answer, format_score, read_raw_item, score, within_chance

@@ -5,6 +5,7 @@ import time
 from fractions import Fraction
 
 import pytest
+
 from medgemma_korean.statistics import Z_95, discordant, majority_baseline, mcnemar, wilson
 
 

@@ -51,7 +51,7 @@ def main(argv: list[str] | None = None) -> int:
 
         origins = records.read_json(begun) if begun.is_file() else {}
         records.write_json(begun, origins)
-        again = cli.command("download/download_00_plain_text", args)
+        again = paths.command("download/download_00_plain_text")
         for source in (s for s in SOURCES if s.stage == "00"):
             if not (paths.raw / source.folder).exists():
                 origins[source.key] = hub.fetch(source, paths.raw / source.folder, repo_type="dataset", what=again)

@@ -30,7 +30,7 @@ def main(argv: list[str] | None = None) -> int:
         from medgemma_korean import hub
 
         source = BY_KEY["opus_tatoeba_ko_en"]
-        again = cli.command("download/download_01_english_korean", args)
+        again = paths.command("download/download_01_english_korean")
         origins[source.key] = hub.fetch(source, paths.raw / source.folder, repo_type="dataset", what=again)
     stage = Stage(
         "download_01_english_korean",

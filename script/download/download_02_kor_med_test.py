@@ -56,7 +56,7 @@ def main(argv: list[str] | None = None) -> int:
 
         source = BY_KEY["kor_med_test"]
         raw = folder.with_name(".02_kor_med_test.parquet")
-        again = cli.command("download/download_02_kor_med_test", args)
+        again = paths.command("download/download_02_kor_med_test")
         if not raw.exists():
             origins[source.key] = hub.fetch(source, raw, repo_type="dataset", what=again)
         part = folder.with_name(".02_kor_med_test.partial")

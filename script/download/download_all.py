@@ -1,7 +1,10 @@
 """Get everything that one model's run needs, in order; what is there already is checked and left alone.
 
-python script/download/download_all.py --model medgemma-4b
-python script/download/download_all.py --list      # the catalogue: what, licence, size
+Reads   the hub, and the dictionary files that a person brings
+Writes  data/01_raw/, model/raw/<model>/
+
+    python script/download/download_all.py --model medgemma-4b
+    python script/download/download_all.py --list      # the catalogue: what, licence, size
 """
 
 from __future__ import annotations

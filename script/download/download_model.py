@@ -40,13 +40,14 @@ def main(argv: list[str] | None = None) -> int:
         format=FORMAT,
         force=args.force,
         driver_stage="download",
+        record_inside=True,
     )
     if (code := stage.already_complete()) is not None:
         return code
 
     from medgemma_korean import hub
 
-    again = cli.command("download/download_model", args)
+    again = paths.command("download/download_model")
     with stage.work(resumable=True) as folder:
         origin = hub.fetch(source, folder / "files", repo_type="model", what=again)
         for file in (folder / "files").iterdir():

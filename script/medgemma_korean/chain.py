@@ -24,11 +24,10 @@ class Link:
     adapter: Path | None  # trained; None when nothing was trained on this base yet
     fresh: Path | None  # the untrained adapter beside the base
     fingerprint: str
-    repair: str = ""
     warnings: list[str] = field(default_factory=list)
 
-    def input(self, model: str) -> Input:
-        return Input(self.role, self.folder, self.folder / RECORD_NAME, self.repair.format(model=model))
+    def input(self, paths: RunPaths) -> Input:
+        return Input(self.role, self.folder, self.folder / RECORD_NAME, repair(paths, self.role))
 
     @property
     def start(self) -> Path:
@@ -36,12 +35,12 @@ class Link:
         return self.adapter or self.fresh
 
 
-# Folder kind, program that makes it, and what a stage may start from, nearest first.
+# Folder kind -> program that makes it; stage -> what it may start from, nearest first.
 _MAKERS = {
-    "raw_lora_added": "python script/model/add_lora.py --model {model}",
-    "00_trained": "python script/train/train_00_plain_text.py --model {model}",
-    "01_trained": "python script/train/train_01_medical_dict.py --model {model}",
-    "01_another_lora_added": "python script/model/add_lora.py --second --model {model}",
+    "raw_lora_added": ("model/add_lora",),
+    "00_trained": ("train/train_00_plain_text",),
+    "01_trained": ("train/train_01_medical_dict",),
+    "01_another_lora_added": ("model/add_lora", "--second"),
 }
 _STARTS = {
     "train_00": ("raw_lora_added",),
@@ -65,8 +64,13 @@ def nearest(paths: RunPaths, stage: str) -> Link:
                 link.warnings.append(f"{skipped} was skipped; {stage} starts from {kind}")
                 log.warning(link.warnings[-1])
             return link
-    repair = _MAKERS[kinds[0]].format(model=paths.model)
-    raise PipelineError(f"{show(paths.model_folder(kinds[0]))} does not exist or is incomplete; run: {repair}")
+    missing = show(paths.model_folder(kinds[0]))
+    raise PipelineError(f"{missing} does not exist or is incomplete; run: {repair(paths, kinds[0])}")
+
+
+def repair(paths: RunPaths, kind: str) -> str:
+    """The command that makes a link; "" for a folder that is none of the chain's."""
+    return paths.command(*_MAKERS[kind]) if kind in _MAKERS else ""
 
 
 def of_folder(paths: RunPaths, folder: Path, role: str | None = None) -> Link:
@@ -79,13 +83,12 @@ def of_folder(paths: RunPaths, folder: Path, role: str | None = None) -> Link:
     if record is None:
         raise PipelineError(f"{show(folder)}: no complete model there (stage.json is missing)")
     role = role or folder.parent.name
-    repair = _MAKERS.get(role, "")
     if (folder / "base").is_dir():
-        return Link(role, folder, folder / "base", None, folder / "adapter", record["fingerprint"], repair)
+        return Link(role, folder, folder / "base", None, folder / "adapter", record["fingerprint"])
     if "base_folder" in record and (folder / "final").is_dir():
         base = (folder / record["base_folder"]).resolve()
         check_base(folder, record, base)
-        return Link(role, folder, base, folder / "final", None, record["fingerprint"], repair)
+        return Link(role, folder, base, folder / "final", None, record["fingerprint"])
     raise PipelineError(f"{show(folder)}: neither a base with a fresh adapter nor a trained adapter")
 
 
@@ -98,9 +101,9 @@ def check_base(folder: Path, record: dict[str, Any], base: Path) -> None:
         raise PipelineError(f"{show(folder)}: its base {show(base)} is another one now; train again with --force")
 
 
-def held_out_inputs(paths: RunPaths, model: str) -> list[Input]:
+def held_out_inputs(paths: RunPaths) -> list[Input]:
     """What every stage that scores a model reads: the validation texts and the exam questions."""
-    refine = f"python script/refine/refine_all.py --model {model}"
+    refine = paths.command("refine/refine_all")
     return [
         Input("plain text", paths.plain_text, paths.record("refine_00_plain_text"), refine),
         Input("exam questions", paths.mcq, paths.record("refine_02_kor_med_test"), refine),

@@ -11,7 +11,6 @@ import errno
 import logging
 import os
 import re
-import shlex
 import signal
 import sys
 import time
@@ -158,13 +157,16 @@ def start_logging(paths: RunPaths, program: str) -> None:
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     # Progress bars belong to a terminal. Libraries draw theirs unless told otherwise.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
 # signals ------------------------------------------------------------------------------------------------
 
+SIGNAL_ECHO = 2.0  # seconds
 _stop_requested: list[str] = []
+_stopped_at: list[float] = []
 
 
 def stop_requested() -> bool:
@@ -173,7 +175,11 @@ def stop_requested() -> bool:
 
 
 def _on_signal(number: int, frame: object) -> None:
-    # The first signal lets a training step finish and save; a program that does not poll ends at once.
+    # The first signal lets a training step finish and save; a program that does not poll ends at once. One request
+    # may arrive twice, from a driver and from whoever signals every process, so an echo does not count.
+    if _stop_requested and time.monotonic() - _stopped_at[0] < SIGNAL_ECHO:
+        return
+    _stopped_at[:] = [time.monotonic()]
     _stop_requested.append(signal.Signals(number).name)
     if not _polling or len(_stop_requested) > 1:
         raise Interrupted(_stop_requested[0])
@@ -195,7 +201,8 @@ def run(main: Callable[[], int | None]) -> int:
     One message for what a user can cause; a traceback, in the log, only for a bug.
     """
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, _on_signal)
+        if signal.getsignal(number) != signal.SIG_IGN:  # nohup, and a shell's background jobs, set it to ignored
+            signal.signal(number, _on_signal)
     try:
         return int(main() or EXIT_DONE)
     except PipelineError as error:
@@ -276,12 +283,3 @@ def shared_argv(args: argparse.Namespace) -> list[str]:
         if getattr(args, option, None):
             argv += [f"--{option.replace('_', '-')}", getattr(args, option)]
     return argv + (["--force"] if getattr(args, "force", False) else [])
-
-
-def command(program: str, args: argparse.Namespace) -> str:
-    """The command line of a program below script/ for the same model, data and run, to paste."""
-    argv = ["python", f"script/{program}.py", "--model", args.model]
-    for option in ("data_dir", "name"):
-        if getattr(args, option, None):
-            argv += [f"--{option.replace('_', '-')}", getattr(args, option)]
-    return shlex.join(argv)

@@ -13,7 +13,7 @@ from medgemma_korean import records
 from medgemma_korean.cli import PipelineError
 from medgemma_korean.text.clean import normalise_line
 
-DETAIL = re.compile(r"\s*\n\s*세부설명\s*:\s*")
+DETAIL = re.compile(r"(?:^|\s*\n)\s*세부설명\s*:\s*")
 SYMBOLS = Path(__file__).with_name("symbols.json")
 
 

@@ -5,15 +5,19 @@ torch is imported inside functions.
 
 from __future__ import annotations
 
+import gc
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from medgemma_korean import mcq, prompts, records, statistics
+from medgemma_korean import chain, mcq, modeling, prompts, records, statistics
 from medgemma_korean import tokenizer as tokenizers
 from medgemma_korean.cli import PipelineError
-from medgemma_korean.paths import RunPaths
+from medgemma_korean.paths import RunPaths, show
 from medgemma_korean.profiles import ModelProfile
+from medgemma_korean.stage import RECORD_NAME, check_outputs, read_record
 
 # What is held out, by the name under which its bits per character are reported.
 LANGUAGES = ("korean", "medical", "english")
@@ -53,6 +57,98 @@ def _first_characters(texts: list[str], limit: int) -> list[str]:
         if total >= limit:
             break
     return kept
+
+
+def require_held_out(paths: RunPaths) -> None:
+    """Raise PipelineError unless the held-out texts and exam questions are there as refining left them."""
+    problems = []
+    for item in chain.held_out_inputs(paths):
+        if read_record(item.record) is None:
+            problems.append(f"{item.role}: {show(item.path)} is absent or incomplete; run: {item.repair}")
+        else:
+            problems += check_outputs(item.record)
+    if problems:
+        raise PipelineError("\n".join(problems))
+
+
+# the models of a run ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A model to score: its base, and the adapter on it (None for a base alone)."""
+
+    name: str
+    base: Path
+    adapter: Path | None
+
+
+def candidates(paths: RunPaths, wanted: Sequence[str] | None = None) -> list[Candidate]:
+    """The models of those names (base, extended, 00, 01, merged, 02) or folders; by default all of the run's.
+
+    A folder is a trained one, an adapter inside one, one with base/ and adapter/, or a base. Raises PipelineError
+    naming every model that is not there.
+    """
+    named = {
+        "base": paths.raw_model,
+        "extended": paths.raw_lora_added,
+        "00": paths.trained_00,
+        "01": paths.trained_01,
+        "merged": paths.another_lora_added,
+        "02": paths.trained_02,
+    }
+    found: dict[str, Candidate] = {}
+    problems = []
+    for name in wanted or named:
+        folder = named.get(name, Path(name).expanduser().resolve())
+        if wanted is None and read_record(folder / RECORD_NAME) is None:
+            continue
+        try:
+            candidate = _candidate(paths, name if name in named else _name_of(paths, folder), folder)
+            found[candidate.name] = candidate
+        except PipelineError as error:
+            problems.append(f"{name}: {error}")
+    if problems:
+        raise PipelineError("\n".join(problems))
+    if not found:
+        raise PipelineError(f"run {paths.name} has no models yet; run: ./run_full_pipeline.sh --model {paths.model}")
+    return list(found.values())
+
+
+def _candidate(paths: RunPaths, name: str, folder: Path) -> Candidate:
+    if (folder / "config.json").is_file():
+        return Candidate(name, folder, None)
+    if (folder / "adapter_config.json").is_file():
+        return Candidate(name, chain.of_folder(paths, folder.parent).base, folder)
+    link = chain.of_folder(paths, folder)
+    return Candidate(name, link.base, link.adapter)
+
+
+def _name_of(paths: RunPaths, folder: Path) -> str:
+    inside = folder.relative_to(paths.models).parts if folder.is_relative_to(paths.models) else (folder.name,)
+    return "-".join(inside)
+
+
+def loaded(
+    found: Sequence[Candidate], profile: ModelProfile, device: str, precision: str
+) -> Iterator[tuple[Candidate, Any, Any]]:
+    """(candidate, model, tokenizer) one after another, all in the same precision; each makes room for the next."""
+    for candidate in found:
+        model, tokenizer = _load(candidate, profile, device, precision)
+        yield candidate, model, tokenizer
+        del model
+        gc.collect()
+
+
+def _load(candidate: Candidate, profile: ModelProfile, device: str, precision: str) -> tuple[Any, Any]:
+    tokenizer = tokenizers.load(candidate.base)
+    model = modeling.load_any_base(candidate.base, profile, device, precision)
+    rows = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > rows:
+        raise PipelineError(f"{show(candidate.base)}: {len(tokenizer)} token ids, but {rows} rows")
+    if candidate.adapter:
+        model = modeling.load_adapter(model, candidate.adapter, trainable=False)
+    return model.eval(), tokenizer
 
 
 # letters ------------------------------------------------------------------------------------------------
@@ -96,15 +192,8 @@ def score_letters(
     with torch.inference_mode():
         for start in range(0, len(order), batch):
             chosen = order[start : start + batch]
-            width = max(len(encoded[i]) for i in chosen)
-            input_ids = torch.full((len(chosen), width), tokenizer.pad_token_id)
-            mask = torch.zeros_like(input_ids)
-            for row, i in enumerate(chosen):
-                input_ids[row, width - len(encoded[i]) :] = torch.tensor(encoded[i])
-                mask[row, width - len(encoded[i]) :] = 1
-            logits = model(
-                input_ids=input_ids.to(device), attention_mask=mask.to(device), logits_to_keep=1, use_cache=False
-            ).logits[:, -1]
+            inputs = _left_padded([encoded[i] for i in chosen], tokenizer.pad_token_id, device)
+            logits = model(**inputs, logits_to_keep=1, use_cache=False).logits[:, -1]
             log_probs = torch.log_softmax(logits.float(), dim=-1).cpu()
             for row, i in enumerate(chosen):
                 letters = prompts.letters_of(items[i])
@@ -121,6 +210,69 @@ def score_letters(
             if tick:
                 tick(start + len(chosen), len(order))
     return [row for row in results if row is not None]
+
+
+def _left_padded(rows: Sequence[list[int]], pad: int, device: Any) -> dict[str, Any]:
+    """`input_ids` and `attention_mask` of rows that all end at the last position."""
+    import torch
+
+    width = max(map(len, rows))
+    input_ids = torch.full((len(rows), width), pad)
+    mask = torch.zeros_like(input_ids)
+    for number, row in enumerate(rows):
+        input_ids[number, width - len(row) :] = torch.tensor(row)
+        mask[number, width - len(row) :] = 1
+    return {"input_ids": input_ids.to(device), "attention_mask": mask.to(device)}
+
+
+def generate_letters(
+    model: Any,
+    tokenizer: Any,
+    items: Sequence[Mapping[str, Any]],
+    batch: int,
+    most: int,
+    tick: Callable[[int, int], None] | None = None,
+) -> list[dict[str, Any]]:
+    """Let the model answer each item greedily, at most `most` tokens, and extract the letter (`mcq.extract_answer`).
+
+    The same prompts, batches and order as `score_letters`; rows hold "output" (special tokens kept, so that the
+    extractor sees where the turn ends) in place of "log_probs".
+    """
+    import torch
+
+    encoded = [prompts.render(tokenizer, prompts.mcq_direct(item))[0] for item in items]
+    order = sorted(range(len(items)), key=lambda i: (len(encoded[i]), i))
+    device = next(model.parameters()).device
+    ends = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(tokenizers.END_OF_TURN)]
+    results: dict[int, dict[str, Any]] = {}
+    model.eval()
+    with torch.inference_mode():
+        for start in range(0, len(order), batch):
+            chosen = order[start : start + batch]
+            inputs = _left_padded([encoded[i] for i in chosen], tokenizer.pad_token_id, device)
+            whole = model.generate(
+                **inputs,
+                max_new_tokens=most,
+                do_sample=False,
+                eos_token_id=ends,
+                pad_token_id=tokenizer.pad_token_id,
+                use_cache=True,
+            )
+            for row, i in enumerate(chosen):
+                answer = [t for t in whole[row, inputs["input_ids"].shape[1] :].tolist() if t != tokenizer.pad_token_id]
+                output = tokenizer.decode(answer)
+                extraction = mcq.extract_answer(output, items[i])
+                results[i] = {
+                    "id": items[i]["id"],
+                    "exam": items[i].get("exam", ""),
+                    "gold": items[i]["answer"],
+                    "predicted": extraction.letter,
+                    "reason": extraction.reason,
+                    "output": output,
+                }
+            if tick:
+                tick(start + len(chosen), len(order))
+    return [results[i] for i in range(len(items))]
 
 
 # bits per character -------------------------------------------------------------------------------------
@@ -249,7 +401,7 @@ def gate(base: Mapping[str, Any], after: Mapping[str, Any], profile: ModelProfil
             f"dev accuracy fell from {base['mcq']['accuracy']:.1%} (base) to {after['mcq']['accuracy']:.1%}, "
             f"McNemar p = {change['p']:.2g}"
         )
-    if ratio > profile.gate_english:
+    if not ratio <= profile.gate_english:  # a ratio that is not a number must not pass
         reasons.append(
             f"English bits per character rose by {ratio - 1:.1%} over the base, "
             f"more than {profile.gate_english - 1:.0%}"
@@ -280,10 +432,12 @@ def completion_loss(model: Any, rows: Sequence[Mapping[str, list[int]]], tokeniz
     return sum(_window_losses(model, tokenizer, pieces, batch)) / tokens
 
 
-def dev_look(model: Any, tokenizer: Any, items: Sequence[Mapping[str, Any]], batch: int) -> dict[str, Any]:
+def dev_look(
+    model: Any, tokenizer: Any, items: Sequence[Mapping[str, Any]], batch: int, histogram: bool = False
+) -> dict[str, Any]:
     """One look at dev while training: {"accuracy", "correct", "total", "lower", "upper", "loss"}.
 
-    loss is the mean negative log-probability of the right letter.
+    loss is the mean negative log-probability of the right letter. histogram adds "predicted": counts by letter.
     """
     predictions = score_letters(model, tokenizer, items, batch)
     score = mcq.score(predictions)
@@ -295,6 +449,7 @@ def dev_look(model: Any, tokenizer: Any, items: Sequence[Mapping[str, Any]], bat
         "lower": score["lower"],
         "upper": score["upper"],
         "loss": sum(losses) / len(losses) if losses else math.inf,
+        **({"predicted": score["predicted"]} if histogram else {}),
     }
 
 

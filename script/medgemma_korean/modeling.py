@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from medgemma_korean import records
 from medgemma_korean import tokenizer as tokenizers
 from medgemma_korean.cli import PipelineError, log
+from medgemma_korean.paths import show
 from medgemma_korean.profiles import ModelProfile
 
 if TYPE_CHECKING:
@@ -26,7 +27,9 @@ def set_up_torch(seed: int) -> None:
     """Seed every generator and pin the threads, so that the CPU gives the same bytes every time."""
     import torch
     from transformers import set_seed
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()
     torch.set_num_threads(min(CPU_THREADS, os.cpu_count() or 1))
     set_seed(seed)
     if not torch.cuda.is_available():
@@ -105,6 +108,23 @@ def load_base(folder: Path, profile: ModelProfile, device: str, precision: str |
             if isinstance(module, bitsandbytes.nn.Linear4bit):
                 module.support_avx512bf16_for_cpu = False  # repacked weights give silently wrong gradients
     return model
+
+
+def load_any_base(folder: Path, profile: ModelProfile, device: str, precision: str | None = None) -> Any:
+    """`load_base` for scoring: of a multimodal checkpoint its text model, by way of a temporary text-only copy.
+
+    A copy, because weights are quantised while they are read, and so the untouched model is scored in the class and
+    precision of every other model of the run.
+    """
+    import tempfile
+
+    from transformers import AutoConfig
+
+    if not hasattr(_config(AutoConfig, folder), "text_config"):
+        return load_base(folder, profile, device, precision)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".text-only-") as plain:
+        save_model(load_text_model(folder, profile.dtype), Path(plain))
+        return load_base(Path(plain), profile, device, precision)
 
 
 def _quantization(precision: str, dtype: torch.dtype) -> Any:
@@ -225,7 +245,8 @@ def fresh_adapter(base: Any, profile: ModelProfile, *, second: bool, new_ids: li
 
 def load_adapter(base: Any, folder: Path, *, trainable: bool) -> Any:
     """An adapter on its base. Raises PipelineError when the base has too few rows or is another one."""
-    from peft import PeftModel
+    from peft import PeftModel, get_peft_model_state_dict
+    from safetensors import safe_open
 
     if not (folder / "adapter_config.json").is_file() or not (folder / "adapter_model.safetensors").is_file():
         raise PipelineError(f"{folder}: no adapter there (adapter_config.json and adapter_model.safetensors)")
@@ -242,6 +263,11 @@ def load_adapter(base: Any, folder: Path, *, trainable: bool) -> Any:
         model = PeftModel.from_pretrained(base, folder, is_trainable=trainable)
     except (RuntimeError, ValueError) as error:
         raise PipelineError(f"{folder}: does not fit its base ({str(error).splitlines()[0]})") from None
+    # PEFT only warns of tensors that are missing, and says nothing of those that found no place.
+    with safe_open(folder / "adapter_model.safetensors", "pt") as file:
+        unmatched = sorted(set(file.keys()) ^ get_peft_model_state_dict(model, save_embedding_layers=False).keys())
+    if unmatched:
+        raise PipelineError(f"{folder}: does not fit its base ({len(unmatched)} tensors, first {unmatched[0]})")
     return _checked(model) if trainable else model
 
 
@@ -295,7 +321,7 @@ def merge(base_folder: Path, adapter: Path, profile: ModelProfile) -> Any:
     limit = 1e-4 if profile.dtype == "float32" else 2e-2
     assert error < limit, f"merged logits differ by {error:.2g} (relative), more than {limit}"
     assert merged.get_output_embeddings().weight is merged.get_input_embeddings().weight, "the merge untied the head"
-    log.info("merged %s; logits differ by %.1e (relative)", adapter, error)
+    log.info("merged %s; logits differ by %.1e (relative)", show(adapter), error)
     return merged
 
 

@@ -6,6 +6,7 @@ Every program gets its folders from `RunPaths(model, data_dir, name)`. Stages me
 from __future__ import annotations
 
 import os
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,11 +42,13 @@ class RunPaths:
     model: the profile's name; it names `model/raw/<model>`, which runs share.
     data: the folder that holds `01_raw` and receives `02_refined`.
     name: the run's name; it names every other folder under `model/`, and the logs.
+    given: the options that chose this run, for the commands that messages show.
     """
 
     model: str
     data: Path
     name: str
+    given: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, model: str, default_data: str, data_dir: str | None = None, name: str | None = None) -> RunPaths:
@@ -57,7 +60,12 @@ class RunPaths:
         default = project_root() / default_data
         data = Path(data_dir).expanduser().resolve() if data_dir else default
         own = data == default.resolve()
-        return cls(model, data, name or (model if own else f"{model}-{data.name}"))
+        given = ("--model", model, *(("--data-dir", data_dir) if data_dir else ()), *(("--name", name) if name else ()))
+        return cls(model, data, name or (model if own else f"{model}-{data.name}"), given)
+
+    def command(self, program: str, *options: str) -> str:
+        """The command line of a program below script/ for this run, to paste."""
+        return shlex.join(["python", f"script/{program}.py", *self.given, *options])
 
     # data -----------------------------------------------------------------------------------------------
     @property

@@ -187,7 +187,7 @@ MODELS: dict[str, ModelProfile] = {
             ),
             mcq=StageSettings(
                 epochs=3,
-                max_length=384,
+                max_length=640,  # a reasoned row is about twice as long as a direct one
                 max_rows=120,
                 batch=16,
                 micro_batch=4,
@@ -197,7 +197,7 @@ MODELS: dict[str, ModelProfile] = {
             ),
             score_batch=16,
             score_window=256,
-            score_characters=40_000,
+            score_characters=20_000,
             validation_share=0.2,  # the sample has 150 documents
         ),
         ModelProfile(

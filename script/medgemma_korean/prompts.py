@@ -62,6 +62,11 @@ def mcq_reasoning(item: Mapping[str, Any], example: Mapping[str, Any] | None = N
     return f"Reasoning 후 정답 알파벳 하나만 답하세요.\n\n{detail}{item['question']}\n{options(item)}"
 
 
+def is_mcq(prompt: str) -> bool:
+    """Whether a prompt is one of the exam forms, whose answer ends with one letter."""
+    return prompt.startswith(("정답 알파벳만 답하세요", "Reasoning 후 정답 알파벳 하나만 답하세요."))
+
+
 def mcq_reasoned_answer(item: Mapping[str, Any]) -> str:
     return f"<reasoning>\n{item['reasoning'].strip()}\n</reasoning>{item['answer']}"
 
@@ -81,16 +86,50 @@ def shuffled(item: Mapping[str, Any], order: list[int]) -> dict[str, Any]:
     return result
 
 
-# A letter that names an option: "A)", "A는", "A가", "(A)", "정답은 A" - but not the A of "A형 간염" or "vitamin A".
-_OPTION = re.compile(
-    r"(?<![A-Za-z0-9가-힣])([A-E])(?=\)|\.(?:\s|$)|번|(?:은|는|이|가|을|를|와|과|도|의|만|로|이다|입니다)(?![가-힣]))"
+# Letters of one mention, so that "A, B와 C는" is judged as a whole: by what stands before and after it.
+_MENTION = re.compile(
+    r"(?<![A-Za-z0-9가-힣-])[A-E](?![A-Za-z0-9])(?: *(?:[,·/]|와|과|및|또는|이나|나) *[A-E](?![A-Za-z0-9]))*"
 )
+# Words that a letter completes to a name: "비타민 D는", "암포테리신 B를", "protein C가", "혈우병 A의", "약물 A와".
+_NAMED = re.compile(
+    r"(?:[a-z]ine?|virus|influenza|hepatitis|h[a]?emophilia|factor|class|grade|group|type|stage|pugh|rh"
+    r"|(?<!대)[닌신린틴]|단백|단백질|인자|독소|글로불린|간염|바이러스|인플루엔자|혈우병|혈액형|항원|효소|코엔자임|보체|섬유|구균|알균"
+    r"|등급|단계|병기|유형|그룹|군|약물|환자|대상자|구간|용액|곡선|그림|(?<![가-힣])[표점]) *\Z"
+    r"|(?:비타민|vitamin|아데닌|시토신|사이토신|adenine|cytosine) *\(?\Z",
+    re.IGNORECASE,
+)
+_ASKED = re.compile(
+    r"(?:(?:정답|답|선택지|보기|옵션)(?:은|는|이|가)?|(?:answer|option|choice)s?(?: is)?) *:? *[(\['\"‘“*]*\Z",
+    re.IGNORECASE,
+)
+# What goes on with the letter's own name: "B 세포", "C 섬유", "E. coli".
+_GOES_ON = re.compile(r" ?(?:형|세포|림프구|항원|간염|섬유)|\. ?[a-z]")
+_PARTICLE = (
+    "(?:은|는|이|가|을|를|와|과|도|의|만|로|에|에서|부터|까지|보다|처럼|뿐)(?:은|는|도|만|이)?"
+    "|란|인|인데|일|임|임을|입니다|이?(?:다|며|고|지만|므로|라서|라면|면|라|라고|라는|자)|였다|였고|이었다|여야|이어야|여서|이어서"
+)
+_OPTION_AFTER = re.compile(
+    rf"\)|[\]'\"’”*]*(?:(?:{_PARTICLE})(?![가-힣])|번|\.(?:\s|$)|: "
+    r"| (?:선택지|보기|항목|옵션|중|모두|가운데|외|이외)(?:[^가-힣]|에|의|는|$))"
+)
+
+
+def _renamed(mention: re.Match[str], new_letter: Mapping[str, str]) -> str:
+    """The letters of a mention under their new names, where they name options and not part of a medical name."""
+    before, after = mention.string[: mention.start()][-40:], mention.string[mention.end() :][:20]
+    if _NAMED.search(before) or _GOES_ON.match(after):
+        return mention.group()
+    if not _ASKED.search(before) and not _OPTION_AFTER.match(after):
+        return mention.group()
+    return re.sub("[A-E]", lambda m: new_letter.get(m.group(), m.group()), mention.group())
+
+
 _SHARE = re.compile(r"[A-E]\) .*?(?=, [A-E]\) |$)")
 
 
 def reletter(reasoning: str, new_letter: Mapping[str, str]) -> str:
     """A rationale after its options were reordered. `new_letter` maps an option's old letter to its new one."""
-    renamed = _OPTION.sub(lambda m: new_letter.get(m.group(1), m.group(1)), reasoning)
+    renamed = _MENTION.sub(lambda mention: _renamed(mention, new_letter), reasoning)
     lines = renamed.split("\n")
     for i, line in enumerate(lines):
         head, colon, rest = line.partition("넷째: ")

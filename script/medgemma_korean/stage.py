@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from medgemma_korean import progress, records
-from medgemma_korean.cli import EXIT_DONE, EXIT_GATE, GateError, Interrupted, PipelineError, log
+from medgemma_korean.cli import EXIT_DONE, EXIT_GATE, Every, GateError, Interrupted, PipelineError, log
 from medgemma_korean.paths import RunPaths, show
 
 RECORD_NAME = "stage.json"
@@ -129,7 +129,7 @@ class Stage:
     """One program's run over its folders.
 
     program: its name, as in the record. paths: the run's folders.
-    outputs: what it publishes; a model stage has exactly one folder, and its record lies inside.
+    outputs: what it publishes. record_inside: it publishes one folder, and the record lies in it (model stages).
     settings: resolved values that change the result (JSON). format: raise it when the code changes the result.
     """
 
@@ -142,11 +142,12 @@ class Stage:
     force: bool = False
     allow_regression: bool = False
     driver_stage: str | None = None
+    record_inside: bool = False
     warnings: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.is_model = len(self.outputs) == 1 and self.outputs[0].is_relative_to(self.paths.models)
-        if self.is_model:
+        if self.record_inside:
+            assert len(self.outputs) == 1
             self.record_path = self.outputs[0] / RECORD_NAME
             self._work = self.outputs[0].with_name(f".{self.outputs[0].name}.partial")
         else:
@@ -155,6 +156,7 @@ class Stage:
         self._identity: dict[str, Any] | None = None
         self._started = time.monotonic()
         self._resumed = False
+        self._tick = Every(1.0)  # a step may take milliseconds; the progress file is for people
 
     # identity -------------------------------------------------------------------------------------------
     def identity(self) -> dict[str, Any]:
@@ -325,7 +327,8 @@ class Stage:
 
     def tick(self, done: int, total: int, metric: str = "") -> None:
         """Tell the progress file how far this stage is."""
-        self._report(state="running", done=done, total=total, metric=metric)
+        if self._tick() or done >= total:
+            self._report(state="running", done=done, total=total, metric=metric)
 
     # after ----------------------------------------------------------------------------------------------
     def complete(
@@ -342,7 +345,7 @@ class Stage:
 
         Raises PipelineError when an output was not made, GateError (after publishing) when the gate failed.
         """
-        home = self.outputs[0] if self.is_model else self.paths.data
+        home = self.outputs[0] if self.record_inside else self.paths.data
         record: dict[str, Any] = {
             "program": self.program,
             "fingerprint": self.fingerprint,
@@ -361,7 +364,7 @@ class Stage:
             "finished": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
             **more,
         }
-        if self.is_model:
+        if self.record_inside:
             record["outputs"] = describe([self._work], self._work)
             records.write_json(self._work / RECORD_NAME, record)
             if old := records.move_aside(self.outputs[0]):

@@ -123,6 +123,7 @@ def _convert(proto: Any, folder: Path, special: list[str]) -> None:
         vocab=vocab,
         merges=[(left, right) for *_, left, right in merges],
         additional_special_tokens=[t for t in special if t != "<mask>"] + [IMAGE_TOKEN],
+        add_bos_token=True,  # as Gemma's own file does for text that is tokenised without a chat template
     )
     tokenizer.chat_template = CHAT_TEMPLATE
     tokenizer.save_pretrained(folder)
@@ -351,7 +352,7 @@ def check_extended(base: Any, extended: Any, pieces: list[str], samples: list[st
     for piece in pieces:
         if not HANGUL_PIECE.fullmatch(piece) or piece in old:
             wrong.append(f"new piece {piece!r} is not new Hangul")
-    unreachable = [p for p in pieces if encode(extended, p.replace("▁", " ")) != [new[p]]]
+    unreachable = [p for p in pieces if encode(extended, p.replace("▁", " ")) != [new.get(p)]]
     if unreachable:
         wrong.append(f"{len(unreachable)} new pieces do not encode to themselves, for instance {unreachable[0]!r}")
     for text in samples:
@@ -364,8 +365,8 @@ def check_extended(base: Any, extended: Any, pieces: list[str], samples: list[st
 
 
 def encode(tokenizer: Any, text: str) -> list[int]:
-    """Ids of a text without special tokens."""
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
+    """Ids of a text without special tokens; a "<bos>" or "<pad>" written in the text is text."""
+    return tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
 
 
 def tokens_per_character(tokenizer: Any, texts: Iterable[str]) -> float:

@@ -72,10 +72,16 @@ def run(
     stage_name: str,
     stage_settings: Callable[[ModelProfile], StageSettings],
     output: Callable[[RunPaths], Path],
-    data: Callable[[RunPaths, str], list[Input]],
+    data: Callable[[RunPaths], list[Input]],
     build: Callable[[Context], training.Plan],
+    choices: dict[str, Any] | None = None,
+    finish: Callable[[Context, Path, training.Outcome], dict[str, Any]] | None = None,
 ) -> int:
-    """Train one stage from options to published folder; returns the exit code."""
+    """Train one stage from options to published folder; returns the exit code.
+
+    choices: further settings that change the result. finish: called on the work folder once the best adapter is
+    chosen; what it returns is added to `training_info.json` and to the record.
+    """
     profile, paths = cli.resolve(args)
     cli.start_logging(paths, program)
     settings = _settings(args, stage_settings(profile))
@@ -85,7 +91,7 @@ def run(
         program,
         paths,
         outputs=[Path(args.output).resolve() if args.output else output(paths)],
-        inputs=[link.input(args.model), *data(paths, args.model)],
+        inputs=[link.input(paths), *data(paths)],
         settings={
             **dataclasses.asdict(settings),
             "precision": precision,
@@ -93,11 +99,13 @@ def run(
             "max_samples": args.max_samples,
             "eval_samples": args.eval_samples,
             "seed": args.seed,
+            **(choices or {}),
         },
         format=FORMAT,
         force=args.force,
         allow_regression=args.allow_regression,
         driver_stage=stage_name,
+        record_inside=True,
         warnings=list(link.warnings),
     )
     if (code := stage.already_complete()) is not None:
@@ -106,7 +114,12 @@ def run(
     modeling.set_up_torch(args.seed)
     tokenizer = tokenizers.load(link.base)
     device = modeling.pick_device(args.device)
-    before = records.read_json(_scores_before(paths, link))
+    first, before = records.read_json(paths.scores("base")), records.read_json(scores_before(paths, link))
+    if first["precision"] != precision:
+        raise PipelineError(
+            f"the base was scored in {first['precision']}, and scores of {precision} cannot be compared with it; "
+            f"run: {paths.command('model/add_lora', '--precision', precision, '--force')}"
+        )
     with stage.work(resumable=True) as folder:
         context = Context(args, profile, paths, settings, tokenizer, link, {})
         plan = build(context)
@@ -118,18 +131,17 @@ def run(
         outcome = training.train(model, tokenizer, plan, folder, profile, paths, stage)
         modeling.load_adapter_weights(model, outcome.best)
         log.info("best of %s: step %d", cli.count(len(outcome.history), "evaluation"), outcome.best_step)
-        after = evaluation.evaluate(
-            model, tokenizer, paths, profile, which=stage_name, precision=precision, eval_samples=args.eval_samples
-        )
+        # All of dev, whatever --eval-samples gave the looks while training: the gate compares identical items.
+        after = evaluation.evaluate(model, tokenizer, paths, profile, which=stage_name, precision=precision)
         log.info("%s: %s", stage_name, evaluation.summary(after))
-        first = records.read_json(paths.scores("base"))
-        gate = evaluation.gate(first, after, profile) if args.eval_samples is None else None
+        gate = evaluation.gate(first, after, profile)
         after |= {
-            "against_base": evaluation.compare(first, after) if gate else None,
-            "against_before": evaluation.compare(before, after) if gate else None,
+            "against_base": evaluation.compare(first, after),
+            "against_before": evaluation.compare(before, after),
             "samples": _samples(model, tokenizer, paths),
         }
-        _finish(folder, model, tokenizer, outcome, after, context, program, stage)
+        more = finish(context, folder, outcome) if finish else {}
+        _finish(folder, model, tokenizer, outcome, after, context, program, stage, more)
         stage.complete(
             counts=context.counts,
             steps=outcome.steps,
@@ -142,6 +154,7 @@ def run(
             tokens=outcome.tokens,
             loss=outcome.loss,
             best_step=outcome.best_step,
+            **more,
         )
     return 0
 
@@ -170,7 +183,7 @@ def _existing(folder: str) -> Path:
     return path.parent if path.name in ("base", "adapter", "final") else path
 
 
-def _scores_before(paths: RunPaths, link: chain.Link) -> Path:
+def scores_before(paths: RunPaths, link: chain.Link) -> Path:
     """The evaluation of the model that this stage starts from."""
     if link.adapter is not None:
         return link.folder / "evaluation.json"
@@ -191,7 +204,7 @@ def _samples(model: Any, tokenizer: Any, paths: RunPaths) -> list[dict[str, str]
     return [{"prompt": p, "answer": evaluation.generate(model, tokenizer, p)} for p in asked]
 
 
-def _finish(folder, model, tokenizer, outcome, after, context: Context, program: str, stage: Stage) -> None:
+def _finish(folder, model, tokenizer, outcome, after, context: Context, program: str, stage: Stage, more: dict) -> None:
     """`final/`, `training_info.json`, `evaluation.json` and the model card; the working copies of the best go."""
     final = folder / "final"
     if final.exists():
@@ -219,6 +232,7 @@ def _finish(folder, model, tokenizer, outcome, after, context: Context, program:
         "trainable_parameters": outcome.trainable,
         "learning_rate": context.settings.learning_rate,
         "lora_scale": context.profile.lora_scale,
+        **more,
     }
     records.write_json(folder / "training_info.json", info)
     card = report.model_card(context.paths, context.profile, program, info, after, context.link.base, target)

@@ -212,13 +212,13 @@ def newest_checkpoint(folder: Path) -> Path | None:
     A missing optimizer or scheduler file would silently start a fresh one, so every file is asked for, with its
     size, and the step inside must be the folder's.
     """
-    found = sorted(folder.glob("checkpoint-[0-9]*"), key=lambda p: -int(p.name.split("-")[1].split(".")[0]))
-    for checkpoint in found:
-        if not checkpoint.name.split("-")[1].isdigit():
-            continue
+    found = [p for p in folder.glob("checkpoint-*") if p.name.removeprefix("checkpoint-").isdigit()]
+    for checkpoint in sorted(found, key=lambda p: -int(p.name.split("-")[1])):
         if why := _broken(checkpoint):
             log.warning("%s is not whole (%s); stepping back", show(checkpoint), why)
-            checkpoint.rename(checkpoint.with_name(f"rejected-{checkpoint.name}"))
+            rejected = checkpoint.with_name(f"rejected-{checkpoint.name}")
+            shutil.rmtree(rejected, ignore_errors=True)  # of an earlier kill at the same step
+            checkpoint.rename(rejected)
             continue
         return checkpoint
     return None
@@ -259,6 +259,8 @@ class Plan:
     rows: all rows in the order they are trained. packed: they carry seq_lengths. rows_only_steps: steps in which
     only the new token rows move. evaluate: called on the model, returns a dict with the value under `metric`;
     `larger` says whether more is better, ties go to the smaller "loss" and then to the earlier step.
+    keep: steps at which to evaluate and to keep the adapter, with the folder's name. stop: called on the evaluations so
+    far, returns the reason to end before the last step, or None.
     """
 
     rows: list[Row]
@@ -271,6 +273,8 @@ class Plan:
     seed: int = 17
     samples: Callable[[Any], str] | None = None
     describe: dict[str, Any] = field(default_factory=dict)
+    keep: dict[int, str] = field(default_factory=dict)
+    stop: Callable[[list[dict[str, Any]]], str | None] | None = None
 
     @property
     def steps(self) -> int:
@@ -279,11 +283,18 @@ class Plan:
 
     @property
     def evaluation_steps(self) -> list[int]:
-        """Evenly spread steps, the last one always."""
+        """Evenly spread steps, the last one always; the steps of `keep` where there are any."""
+        if self.keep:
+            every = self.settings.look_every or self.steps
+            return sorted({*(s for s in self.keep if s < self.steps), *range(every, self.steps, every), self.steps})
         if self.settings.look_every:
             return sorted({*range(self.settings.look_every, self.steps, self.settings.look_every), self.steps})
         n = max(1, min(self.settings.evaluations, self.steps))
         return sorted({round(self.steps * (i + 1) / n) for i in range(n)})
+
+    def ended(self, history: list[dict[str, Any]]) -> bool:
+        """Whether training ends with the last of these evaluations, before its last step."""
+        return bool(self.stop and history and self.stop(history))
 
 
 def train(
@@ -333,13 +344,17 @@ def train(
                 history = [e["evaluation"] for e in state.log_history if "evaluation" in e]
                 state.log_history.append({"step": step, "evaluation": entry})
                 if _better(entry, history, plan):
-                    _save_best(model, folder, step)
+                    _save_adapter(model, folder / f"best-{step}")
+                if step in plan.keep:
+                    _save_adapter(model, folder / plan.keep[step])
                 log.info("step %d of %d: %s", step, plan.steps, _line(entry))
                 progress.event(paths, program, event="evaluation", **entry)
                 if plan.samples:
                     log.info("sample: %s", plan.samples(model))
                     model.train()
                 control.should_save = True
+                if plan.ended([*history, entry]):
+                    control.should_training_stop = True
             if cli.stop_requested():
                 control.should_save = control.should_training_stop = True
             stage.tick(step, plan.steps, self.last(state))
@@ -430,6 +445,7 @@ def train(
     import os
 
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(folder / "runs")
+    exact = {name: p.detach().float() for name, p in model.named_parameters() if p.requires_grad}
     trainer = Trainer(
         model=model,
         args=config,
@@ -438,9 +454,10 @@ def train(
         callbacks=[Guard()],
     )
     trainer.remove_callback(PrinterCallback)  # the guard reports; raw dictionaries are no log
-    for parameter in model.parameters():
+    for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            parameter.data = parameter.data.float()  # TRL casts them to bfloat16, too coarse for small updates
+            # TRL has rounded them to bfloat16: too coarse for small updates, and for what an earlier stage learned.
+            parameter.data = exact[name]
     # With an attention mask, or without restarting positions, rows laid end to end would attend to each other.
     batch = trainer.data_collator([trainer.train_dataset[i] for i in range(min(2, len(plan.rows)))])
     assert "attention_mask" not in batch and (batch["position_ids"] == 0).sum() >= min(2, len(plan.rows))
@@ -452,22 +469,20 @@ def train(
         settings.learning_rate, settings.row_learning_rate, profile.lora_scale,
     )  # fmt: skip
 
-    finished = checkpoint is not None and int(checkpoint.name.split("-")[1]) >= plan.steps
-    if finished:
-        state = json.loads((checkpoint / "trainer_state.json").read_text())
-        log_history, steps = state["log_history"], state["global_step"]
-    else:
+    state = json.loads((checkpoint / "trainer_state.json").read_text()) if checkpoint else {}
+    log_history, steps = state.get("log_history", []), state.get("global_step", 0)
+    if steps < plan.steps and not plan.ended(_evaluations(log_history)):
         cli.poll_for_stop(True)
         try:
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         finally:
             cli.poll_for_stop(False)
         log_history, steps = trainer.state.log_history, trainer.state.global_step
-        if cli.stop_requested() and steps < plan.steps:
+        if cli.stop_requested() and steps < plan.steps and not plan.ended(_evaluations(log_history)):
             raise Interrupted(f"checkpoint saved at step {steps} of {plan.steps}")
-    if steps != plan.steps:
+    history = _evaluations(log_history)
+    if steps != plan.steps and not plan.ended(history):
         raise AssertionError(f"trained {steps} steps instead of {plan.steps}")
-    history = [e["evaluation"] for e in log_history if "evaluation" in e]
     best = best_of(history, plan)
     losses = [e["loss"] for e in log_history if "loss" in e]
     tail = losses[-max(1, len(losses) // 10) :]
@@ -478,7 +493,7 @@ def train(
         history=history,
         loss=sum(tail) / len(tail),
         trainable=trainable,
-        tokens=sum(len(row["input_ids"]) for row in plan.rows),
+        tokens=sum(len(row["input_ids"]) for row in plan.rows[: steps * settings.batch]),
     )
 
 
@@ -496,8 +511,12 @@ def _better(entry: dict[str, Any], history: list[dict[str, Any]], plan: Plan) ->
     return not history or _key(entry, plan) < _key(best_of(history, plan), plan)
 
 
-def _save_best(model: Any, folder: Path, step: int) -> None:
-    part, target = folder / f".best-{step}.part", folder / f"best-{step}"
+def _evaluations(log_history: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [entry["evaluation"] for entry in log_history if "evaluation" in entry]
+
+
+def _save_adapter(model: Any, target: Path) -> None:
+    part = target.with_name(f".{target.name}.part")
     for old in (part, target):
         if old.exists():
             shutil.rmtree(old)  # the same step of a run that was killed before its checkpoint

@@ -29,13 +29,13 @@ SEED = 17
 
 def score(folder: Path, tokenizer_folder: Path, which: str, args, profile: ModelProfile, paths: RunPaths) -> dict:
     """Load a base in the run's precision, score it, and write `model/report/<name>/scores/<which>.json`."""
+    precision = args.precision or profile.precision
     from medgemma_korean import evaluation, modeling
     from medgemma_korean import tokenizer as tokenizers
 
-    model = modeling.load_base(folder, profile, modeling.pick_device(args.device))
-    result = evaluation.evaluate(
-        model, tokenizers.load(tokenizer_folder), paths, profile, which=which, precision=profile.precision
-    )
+    model = modeling.load_base(folder, profile, modeling.pick_device(args.device), precision)
+    tokenizer = tokenizers.load(tokenizer_folder)
+    result = evaluation.evaluate(model, tokenizer, paths, profile, which=which, precision=precision)
     log.info("%s: %s", which, evaluation.summary(result))
     records.write_json(paths.scores(which), result)
     return result
@@ -130,6 +130,7 @@ def save_fresh_adapter(model, folder: Path, profile: ModelProfile, *, second: bo
 def make_parser() -> argparse.ArgumentParser:
     parser = cli.make_parser(__doc__, device=True)
     parser.add_argument("--second", action="store_true", help="merge what was trained and add the second adapter")
+    parser.add_argument("--precision", choices=("8bit", "nf4", "bf16", "fp32"), help="of the scores (default: profile)")
     parser.add_argument("--seed", type=int, default=SEED, help=f"seed of the adapter's weights (default: {SEED})")
     parser.add_argument("--allow-regression", action="store_true", help="go on where a gate failed")
     return parser
@@ -143,22 +144,22 @@ def main(argv: list[str] | None = None) -> int:
         "rank": profile.second_rank if args.second else profile.lora_rank,
         "scale": profile.lora_scale,
         "dropout": profile.second_dropout if args.second else 0.0,
-        "precision": profile.precision,
+        "precision": args.precision or profile.precision,
         "dtype": profile.dtype,
         "seed": args.seed,
     }
     link = None
     if args.second:
         link = chain.nearest(paths, "add_lora_second")
-        inputs = [link.input(args.model)]
+        inputs = [link.input(paths)]
     else:
-        download = f"python script/download/download_model.py --model {args.model}"
-        tokenizer = f"python script/model/prepare_tokenizer.py --model {args.model}"
+        download = paths.command("download/download_model")
+        tokenizer = paths.command("model/prepare_tokenizer")
         inputs = [
             Input("raw model", paths.raw_model, paths.raw_model / "stage.json", download),
             Input("tokenizer", paths.tokenizer, paths.tokenizer / "stage.json", tokenizer),
         ]
-    inputs += chain.held_out_inputs(paths, args.model)
+    inputs += chain.held_out_inputs(paths)
     stage = Stage(
         "add_lora_second" if args.second else "add_lora",
         paths,
@@ -168,6 +169,7 @@ def main(argv: list[str] | None = None) -> int:
         format=FORMAT,
         force=args.force,
         allow_regression=args.allow_regression,
+        record_inside=True,
         driver_stage="add_lora_second" if args.second else "add_lora",
         warnings=link.warnings if link else [],
     )

@@ -12,10 +12,12 @@ the measurements of later stages mean something. The same seed gives the same by
 from __future__ import annotations
 
 import argparse
+import random
+import re
 import sys
 import time
 
-from medgemma_korean import cli, records
+from medgemma_korean import cli, prompts, records
 from medgemma_korean.cli import PipelineError, log
 from medgemma_korean.profiles import TinyShape
 from medgemma_korean.stage import Input, Stage
@@ -33,6 +35,30 @@ def read_texts(folder) -> list[str]:
         raise PipelineError(f"{folder}: needs ko/*.jsonl and en/*.jsonl with rows that have a text")
     longest = max(map(len, by_language))
     return [texts[i] for i in range(longest) for texts in by_language if i < len(texts)]
+
+
+def exercises(texts: list[str], seed: int) -> list[tuple[str, str]]:
+    """(prompt, letter): one gap-filling question a text, in the exam's form, the right letters spread evenly.
+
+    MedGemma has seen dialogue and letter answers before this pipeline touches it; so should its stand-in, or its
+    first scores would be those of a model that always says the same letter.
+    """
+    rng = random.Random(seed)
+    words = [[w for w in re.findall(r"[가-힣]{2,6}|[a-z]{4,12}", text)] for text in texts]
+    found = []
+    for number, text in enumerate(texts):
+        sentences = [s for s in re.split(r"(?<=[.?!])\s+", text) if 20 <= len(s) <= 120]
+        if not sentences or not words[number]:
+            continue
+        sentence = rng.choice(sentences)
+        inside = [w for w in words[number] if w in sentence]
+        others = sorted({w for other in rng.sample(words, min(8, len(words))) for w in other} - set(words[number]))
+        if not inside or len(others) < 4:
+            continue
+        gap, letter = rng.choice(inside), prompts.LETTERS[len(found) % 5]
+        options = dict(zip(prompts.LETTERS.replace(letter, ""), rng.sample(others, 4), strict=True)) | {letter: gap}
+        found.append((prompts.mcq_direct({"question": sentence.replace(gap, "____", 1), **options}), letter))
+    return found
 
 
 def new_model(shape: TinyShape, tokenizer):
@@ -62,21 +88,24 @@ def new_model(shape: TinyShape, tokenizer):
     return Gemma3ForCausalLM(config)
 
 
-def pretrain(model, tokenizer, texts: list[str], shape: TinyShape, tick) -> float:
+def pretrain(model, tokenizer, texts: list[str], shape: TinyShape, seed: int, tick) -> float:
     """Ordinary language modelling on blocks of text for a fixed number of steps; returns the last mean loss."""
     import torch
 
     from medgemma_korean.tokenizer import encode
 
+    asked = exercises(texts, seed)
     stream: list[int] = []
-    for text in texts:
+    for number, text in enumerate(texts):
         stream += [tokenizer.bos_token_id, *encode(tokenizer, text), tokenizer.eos_token_id]
+        if number < len(asked):
+            stream += prompts.render(tokenizer, *asked[number])[0]
     blocks = torch.tensor(stream[: len(stream) // shape.length * shape.length]).view(-1, shape.length)
     optimizer = torch.optim.AdamW(model.parameters(), lr=shape.learning_rate, betas=(0.9, 0.95), weight_decay=0.1)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, max_lr=shape.learning_rate, total_steps=shape.steps, pct_start=0.05
     )
-    order = torch.Generator().manual_seed(shape.seed)
+    order = torch.Generator().manual_seed(seed)
     queue = torch.empty(0, dtype=torch.long)
     recent: list[float] = []
     model.train()
@@ -84,7 +113,6 @@ def pretrain(model, tokenizer, texts: list[str], shape: TinyShape, tick) -> floa
         if len(queue) < shape.batch:
             queue = torch.cat([queue, torch.randperm(len(blocks), generator=order)])
         batch, queue = blocks[queue[: shape.batch]], queue[shape.batch :]
-        # A random start inside the block varies what the first positions see.
         loss = model(input_ids=batch, labels=batch, use_cache=False).loss
         if not torch.isfinite(loss):
             raise AssertionError(f"loss is {loss.item()} at step {step}")
@@ -122,6 +150,7 @@ def main(argv: list[str] | None = None) -> int:
         format=FORMAT,
         force=args.force,
         driver_stage="download",
+        record_inside=True,
     )
     if (code := stage.already_complete()) is not None:
         return code
@@ -148,7 +177,7 @@ def main(argv: list[str] | None = None) -> int:
             log.info("pre-training step %d of %d, loss %.3f, %.1f steps/s", step, steps, loss, rate)
             stage.tick(step, steps, f"loss {loss:.3f}")
 
-        loss = pretrain(model, tokenizer, texts, shape, tick)
+        loss = pretrain(model, tokenizer, texts, shape, seed, tick)
         modeling.generation_defaults(model, tokenizer)
         modeling.save_model(model.eval(), folder)
         stage.complete(

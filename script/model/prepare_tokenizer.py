@@ -1,7 +1,8 @@
 """Extend the base tokenizer for Korean medicine by continuing its own merges over the refined training text.
 
 Reads   model/raw/<model>/, data/02_refined/ (training parts only; never dev, test or validation)
-Writes  model/tokenizer/<name>/ : tokenizer.json, tokenizer.model where the base has one, new_tokens.txt, tokenizer_info.json
+Writes  model/tokenizer/<name>/ : tokenizer.json, tokenizer.model where the base has one, new_tokens.txt,
+        tokenizer_info.json
 
     python script/model/prepare_tokenizer.py --model tiny
     python script/model/prepare_tokenizer.py --model tiny --new-tokens 0    # keep the base vocabulary
@@ -171,13 +172,13 @@ def main(argv: list[str] | None = None) -> int:
         "epochs": profile.plain_text.epochs,
         "max_rows": profile.plain_text.max_rows,
     }
-    refine = f"python script/refine/refine_all.py --model {args.model}"
+    refine = paths.command("refine/refine_all")
     stage = Stage(
         "prepare_tokenizer",
         paths,
         outputs=[paths.tokenizer],
         inputs=[
-            raw_model_input(paths, args.model),
+            raw_model_input(paths),
             Input("plain text", paths.plain_text, paths.record("refine_00_plain_text"), refine),
             Input("exam questions", paths.mcq, paths.record("refine_02_kor_med_test"), refine),
             Input("dictionary", paths.dictionary, paths.record("refine_01_medical_dict"), optional=True),
@@ -186,6 +187,7 @@ def main(argv: list[str] | None = None) -> int:
         settings=settings,
         format=FORMAT,
         force=args.force,
+        record_inside=True,
     )
     if (code := stage.already_complete()) is not None:
         return code
@@ -193,8 +195,8 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def raw_model_input(paths: RunPaths, model: str) -> Input:
-    repair = f"python script/download/download_model.py --model {model}"
+def raw_model_input(paths: RunPaths) -> Input:
+    repair = paths.command("download/download_model")
     return Input("raw model", paths.raw_model, paths.raw_model / "stage.json", repair)
 
 

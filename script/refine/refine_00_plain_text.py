@@ -205,7 +205,7 @@ def main(argv: list[str] | None = None) -> int:
     args = make_parser().parse_args(argv)
     profile, paths = cli.resolve(args)
     cli.start_logging(paths, "refine_00_plain_text")
-    download = cli.command("download/download_00_plain_text", args)
+    download = paths.command("download/download_00_plain_text")
     stage = Stage(
         "refine_00_plain_text",
         paths,
@@ -213,7 +213,7 @@ def main(argv: list[str] | None = None) -> int:
         inputs=[
             Input("Korean text", paths.raw_korean, repair=download),
             Input("English replay", paths.raw_english, repair=download),
-            Input("exam questions", paths.raw_mcq, repair=cli.command("download/download_02_kor_med_test", args)),
+            Input("exam questions", paths.raw_mcq, repair=paths.command("download/download_02_kor_med_test")),
         ],
         settings={
             "max_samples": args.max_samples,

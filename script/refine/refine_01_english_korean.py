@@ -54,9 +54,7 @@ def main(argv: list[str] | None = None) -> int:
         "refine_01_english_korean",
         paths,
         outputs=[paths.pairs],
-        inputs=[
-            Input("sentence pairs", paths.raw_pairs, repair=cli.command("download/download_01_english_korean", args))
-        ],
+        inputs=[Input("sentence pairs", paths.raw_pairs, repair=paths.command("download/download_01_english_korean"))],
         settings={"shortest": SHORTEST, "longest": LONGEST, "ratio": list(RATIO)},
         format=FORMAT,
         force=args.force,

@@ -71,7 +71,7 @@ def main(argv: list[str] | None = None) -> int:
         paths,
         outputs=[paths.mcq, paths.characters],
         inputs=[
-            Input("exam questions", paths.raw_mcq, repair=cli.command("download/download_02_kor_med_test", args)),
+            Input("exam questions", paths.raw_mcq, repair=paths.command("download/download_02_kor_med_test")),
             Input("dictionary", paths.dictionary, record=paths.record("refine_01_medical_dict"), optional=True),
         ],
         settings={},

@@ -1,6 +1,9 @@
 """Refine everything that one model's run needs, in order.
 
-python script/refine/refine_all.py --model tiny
+Reads   data/01_raw/
+Writes  data/02_refined/
+
+    python script/refine/refine_all.py --model tiny
 """
 
 from __future__ import annotations

@@ -20,9 +20,9 @@ from medgemma_korean.stage import Input
 PROGRAM = "train_00_plain_text"
 
 
-def data(paths: RunPaths, model: str) -> list[Input]:
+def data(paths: RunPaths) -> list[Input]:
     english = Input("English replay", paths.english_replay, paths.record("refine_00_plain_text"))
-    return [*chain.held_out_inputs(paths, model), english]
+    return [*chain.held_out_inputs(paths), english]
 
 
 def packed(context: trained.Context, folder, limit: int | None) -> list[training.Row]:

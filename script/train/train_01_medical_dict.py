@@ -23,10 +23,10 @@ PROGRAM = "train_01_medical_dict"
 HELD_OUT = 0.05  # share of terms and pairs, by hash, on which the best checkpoint is chosen
 
 
-def data(paths: RunPaths, model: str) -> list[Input]:
-    refine = f"python script/refine/refine_all.py --model {model}"
+def data(paths: RunPaths) -> list[Input]:
+    refine = paths.command("refine/refine_all")
     return [
-        *chain.held_out_inputs(paths, model),
+        *chain.held_out_inputs(paths),
         Input("dictionary", paths.dictionary, paths.record("refine_01_medical_dict"), refine),
         Input("pairs", paths.pairs, paths.record("refine_01_english_korean"), refine),
     ]

@@ -23,9 +23,9 @@ PROGRAM = "train_02_kor_med_test"
 DETAILED = 0.05  # share of the reasoned rows in the detailed prompt form
 
 
-def data(paths: RunPaths, model: str) -> list[Input]:
+def data(paths: RunPaths) -> list[Input]:
     dictionary = Input("dictionary", paths.dictionary, paths.record("refine_01_medical_dict"), optional=True)
-    return [*chain.held_out_inputs(paths, model), dictionary]
+    return [*chain.held_out_inputs(paths), dictionary]
 
 
 def direct(item: dict) -> tuple[str, str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import unicodedata
 
 import pytest
+
 from medgemma_korean.text.clean import (
     clean_batch,
     clean_text,

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from medgemma_korean.text.decontaminate import GRAM, ExamIndex, fold, grams
 
 REAL_DATA = Path(__file__).resolve().parents[2].parent / "shared" / "real_data"

@@ -6,6 +6,7 @@ import random
 
 import numpy as np
 import pytest
+
 from medgemma_korean.text import dedup
 from medgemma_korean.text.dedup import MIN_AGREEMENT, SLOTS, content_key, near_duplicate_of, signatures
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import pytest
+
 from medgemma_korean.text import filters
 from medgemma_korean.text.filters import drop_reason, korean_share, latin_share, word_lists
 

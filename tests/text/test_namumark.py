@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 
 import pytest
+
 from medgemma_korean.text.clean import clean_batch, clean_text
 from medgemma_korean.text.namumark import MAX_DEPTH, strip_markup
 

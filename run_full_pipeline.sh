@@ -1,0 +1,226 @@
+#!/usr/bin/env bash
+# Teach MedGemma Korean medicine, from the downloads to the report. Run again, it continues where it was.
+#
+#   ./run_full_pipeline.sh                                      # the small demonstration model, on a CPU
+#   ./run_full_pipeline.sh --model medgemma-4b --background     # the real thing; then --status
+#
+# The stages stand at the end, in order. Every number is in script/medgemma_korean/profiles.py.
+set -euo pipefail
+trap '' PIPE   # `... | head` must not kill a training
+
+project=$(cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")" && pwd)
+script=$project/script
+python=$project/.venv/bin/python
+
+usage() {
+  cat << 'END'
+Teach MedGemma Korean medicine, from the downloads to the report. Run again, it continues where it was.
+
+  ./run_full_pipeline.sh                                      the small demonstration model, on a CPU
+  ./run_full_pipeline.sh --model medgemma-4b --background     the real thing
+
+what
+  --model M            tiny (default), medgemma-4b, medgemma-27b
+  --data-dir D         folder that holds 01_raw (default: the model's own)
+  --name N             name of the run (default: the model, or <model>-<folder of D>)
+  --from S, --to S     first and last stage: download refine prepare_tokenizer add_lora train_00 train_01
+                       add_lora_second train_02 report (a unique prefix will do)
+  --skip-00, --skip-01, --skip-02
+                       leave a training out; --skip-01 needs no dictionary and no sentence pairs
+how
+  --epochs-00 N, --epochs-01 N, --epochs-02 N
+                       passes over the data of a training (default: the model's profile)
+  --max-samples N      train on at most N rows in each training
+  --device D           cuda:0, cpu, ... (default: cuda:0 where there is one, else cpu)
+  --force              redo what differs from its record; old results are kept as .previous
+  --allow-regression   go on where a gate fails
+operation
+  --background         return at once; the run goes on when you log out
+  --status [--json]    how the run is going
+  --stop               end the run with its state saved; the same command continues it
+  --plan               what a run would do, without doing it
+  --verify             re-hash everything that is complete, and check that it belongs together
+  --help               this
+
+A run writes data/02_refined, model/ and logs/ (below MEDGEMMA_KOREAN_ROOT where that is set).
+Exit codes: 0 done, 1 a bug, 2 usage, input or environment, 3 a gate failed, 130 interrupted with the state saved.
+END
+}
+
+die() { printf 'error: %s\n' "$*" >&2; exit 2; }
+
+# options ------------------------------------------------------------------------------------------------
+
+mode=run
+json=()
+run=()                                   # which run: every program takes these
+range=()                                 # for plan.py alone
+force=() regression=() device=() samples=() skip_01=()
+epochs_00=() epochs_01=() epochs_02=()
+given=("$@")
+
+set_mode() { [[ $mode == run ]] || die "--$mode and $1 exclude each other"; mode=${1#--}; }
+
+while (($#)); do
+  case $1 in --?*=*) set -- "${1%%=*}" "${1#*=}" "${@:2}" ;; esac
+  case $1 in
+    --model | --data-dir | --name | --from | --to | --device | --max-samples | --epochs-0[012])
+      [[ $# -ge 2 && $2 != --* ]] || die "$1 needs a value; see --help" ;;
+  esac
+  case $1 in
+    --model | --data-dir | --name) run+=("$1" "$2"); shift ;;
+    --from | --to) range+=("$1" "$2"); shift ;;
+    --device) device=("$1" "$2"); shift ;;
+    --max-samples) samples=("$1" "$2"); shift ;;
+    --epochs-00) epochs_00=(--epochs "$2"); range+=("$1" "$2"); shift ;;
+    --epochs-01) epochs_01=(--epochs "$2"); range+=("$1" "$2"); shift ;;
+    --epochs-02) epochs_02=(--epochs "$2"); range+=("$1" "$2"); shift ;;
+    --skip-00 | --skip-02) range+=("$1") ;;
+    --skip-01) range+=("$1"); skip_01=("$1") ;;
+    --force) force=("$1") ;;
+    --allow-regression) regression=("$1") ;;
+    --json) json=("$1") ;;
+    --background | --status | --stop | --plan | --verify) set_mode "$1" ;;
+    --help | -h) usage; exit 0 ;;
+    *) die "$1: no such option; see --help" ;;
+  esac
+  shift
+done
+[[ ${#json[@]} == 0 || $mode == status ]] || die "--json goes with --status"
+asked=("${run[@]}" "${range[@]}" "${samples[@]}" "${device[@]}" "${force[@]}" "${regression[@]}")
+
+# environment and operation ------------------------------------------------------------------------------
+
+[[ -x $python && $mode =~ ^(status|stop)$ ]] || "$script/setup_env.sh" --quiet
+
+case $mode in
+  # These two answer although the set-up is out of date, for instance after the folder was moved.
+  status | stop) PYTHONPATH=$script exec "$python" "$script/operate/$mode.py" "${run[@]}" "${json[@]}" ;;
+  verify) exec "$python" "$script/operate/$mode.py" "${run[@]}" ;;
+  plan) exec "$python" "$script/operate/plan.py" "${asked[@]}" ;;
+esac
+
+# name, log, pid, lock, progress, chosen, skipped, demonstration: folder names are spelled in paths.py alone.
+answers=$("$python" "$script/operate/plan.py" "${asked[@]}" --paths) || exit $?
+name='' log='' pid='' lock='' progress='' chosen='' skipped='' demonstration=''
+while IFS='=' read -r key value; do printf -v "$key" '%s' "$value"; done <<< "$answers"
+
+mkdir -p "$(dirname "$log")" || die "$(dirname "$log") cannot be made"
+exec 9>> "$lock"
+if ! flock -n 9; then
+  exec 9>&-
+  die "$("$python" "$script/operate/status.py" "${run[@]}" --holder)"
+fi
+
+if [[ $mode == background ]]; then
+  exec 9>&-
+  arguments=()
+  for argument in "${given[@]}"; do [[ $argument == --background ]] || arguments+=("$argument"); done
+  setsid nohup "$BASH" "$project/run_full_pipeline.sh" "${arguments[@]}" < /dev/null > /dev/null 2>> "$log" &
+  driver=$!
+  # It has begun when it has written its pid; a start that fails says why in the log.
+  for _ in {1..100}; do
+    [[ $(cat "$pid" 2> /dev/null) != "$driver" ]] || break
+    kill -0 "$driver" 2> /dev/null || { code=0; wait "$driver" || code=$?; tail -n 3 "$log" >&2; exit "$code"; }
+    sleep 0.05
+  done
+  [[ ! $demonstration ]] || echo "$demonstration"
+  which=$(printf ' %q' "${run[@]}")
+  [[ ${#run[@]} -gt 0 ]] || which=
+  printf '%s\n' "run $name started in the background, pid $driver" \
+    "  watch   tail -f $(printf %q "$log")" \
+    "          cat $(printf %q "$progress")" \
+    "          ./run_full_pipeline.sh$which --status" \
+    "  stop    ./run_full_pipeline.sh$which --stop     (the same command continues)"
+  exit 0
+fi
+
+# the driver ---------------------------------------------------------------------------------------------
+
+say() {  # to the terminal, and with the time to the log, as the programs do; a closed terminal is no reason to end
+  printf '%s\n' "$*" || true
+  printf '%(%Y-%m-%d %H:%M:%S)T pipeline: %s\n' -1 "$*" >> "$log" || true
+} 2> /dev/null
+
+note() { "$python" "$script/operate/status.py" "${run[@]}" --set "$1" "$2" || true; }
+
+child=
+stopping=
+# shellcheck disable=SC2329   # the trap calls it
+on_signal() {
+  stopping=yes
+  [[ -z $child ]] || kill -TERM "$child" 2> /dev/null || true
+}
+trap on_signal TERM INT HUP
+trap 'rm -f "$pid"' EXIT
+echo $$ > "$pid"
+
+finish() {  # CODE MESSAGE
+  say "$2"
+  [[ ! $demonstration ]] || say "$demonstration"
+  exit "$1"
+}
+
+stage() {  # NAME PROGRAM [ARGUMENT...]: run one stage, unless it is skipped or out of the range
+  local stage=$1 program=$2 code=0
+  shift 2
+  [[ " $chosen " == *" $stage "* && " $skipped " != *" $stage "* ]] || return 0
+  [[ ! $stopping ]] || finish 130 "interrupted before $stage; the same command continues"
+  say "== $stage"
+  note "$stage" running
+  # Its own session: Ctrl-C reaches the driver alone, which tells the stage once. A second signal would end it
+  # before its checkpoint is saved. It keeps the lock open, so that an orphan does not look like a free lock.
+  MEDGEMMA_KOREAN_STAGE=$stage setsid "$python" "$script/$program" "${run[@]}" "${force[@]}" "$@" < /dev/null &
+  child=$!
+  [[ ! $stopping ]] || kill -TERM "$child" 2> /dev/null || true   # the signal came before there was a child
+  wait "$child" || code=$?
+  # A signal ends `wait` early, with a code of its own; the stage's own code is had when it is gone.
+  while kill -0 "$child" 2> /dev/null; do wait "$child" || true; done
+  [[ ! $stopping ]] || { code=0; wait "$child" || code=$?; }
+  child=
+  # 143: the signal came before the program was ready to catch it.
+  [[ ! $stopping || $code != 143 ]] || code=130
+  case $code in
+    0) note "$stage" complete ;;
+    3) note "$stage" gate; finish 3 "stopped at $stage by its gate" ;;
+    137) note "$stage" failed; finish 137 "stopped at $stage: its process was killed, perhaps for lack of memory" ;;
+    130) note "$stage" interrupted; finish 130 "interrupted in $stage; the same command continues" ;;
+    *) note "$stage" failed; finish "$code" "stopped at $stage (exit code $code)" ;;
+  esac
+}
+
+[[ ! $demonstration ]] || say "$demonstration"
+say "run $name: ${chosen// /, }${skipped:+; without ${skipped// /, }}; log $log"
+for skip in $skipped; do note "$skip" skipped; done
+
+# the stages ---------------------------------------------------------------------------------------------
+
+# Get the data and the base model, or check what is there already.
+stage download download/download_all.py "${skip_01[@]}"
+
+# Clean, filter, de-duplicate and decontaminate the data.
+stage refine refine/refine_all.py "${skip_01[@]}"
+
+# Extend the tokenizer for Korean medicine.
+stage prepare_tokenizer model/prepare_tokenizer.py
+
+# Give the base model the new token rows and the first adapter; score it before and after.
+stage add_lora model/add_lora.py "${device[@]}" "${regression[@]}"
+
+# Stage 00: continued pre-training on Korean plain text.
+stage train_00 train/train_00_plain_text.py "${device[@]}" "${regression[@]}" "${samples[@]}" "${epochs_00[@]}"
+
+# Stage 01: the medical dictionary and translation.
+stage train_01 train/train_01_medical_dict.py "${device[@]}" "${regression[@]}" "${samples[@]}" "${epochs_01[@]}"
+
+# Merge what was trained, and put the second adapter on it.
+stage add_lora_second model/add_lora.py --second "${device[@]}" "${regression[@]}"
+
+# Stage 02: exam questions.
+stage train_02 train/train_02_kor_med_test.py "${device[@]}" "${regression[@]}" "${samples[@]}" "${epochs_02[@]}"
+
+# Write the report and print the final table.
+stage report evaluate/report.py
+
+[[ ! $stopping ]] || finish 130 "interrupted after the last stage; the same command continues"
+finish 0 "run $name: done"

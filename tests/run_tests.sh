@@ -1,0 +1,41 @@
+#!/usr/bin/env bash
+# Set up the environment, check style, run the fast tests and then the slow ones; any failure is a failure.
+#
+#   tests/run_tests.sh                  # from any folder
+#   tests/run_tests.sh --full           # the benchmarks and, where there is a GPU, its tests too
+#   tests/run_tests.sh -k tokenizer     # other arguments go to pytest
+set -uo pipefail
+
+cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/.." || exit 2
+full=
+[[ ${1:-} != --full ]] || { full=yes; shift; }
+
+script/setup_env.sh --quiet || exit $?
+python=.venv/bin/python
+failed=()
+
+check() {  # NAME COMMAND...
+  echo "== $1"
+  "${@:2}" < /dev/null || failed+=("$1")
+}
+
+tests() {  # pytest, for which "no test was selected" is no failure: -k may select fast or slow ones alone
+  "$python" -m pytest --ignore=tests/bench "$@"
+  local code=$?
+  [[ $code == 5 ]] || return $code
+}
+
+check "style" "$python" -m ruff check .
+check "format" "$python" -m ruff format --check .
+check "fast tests" tests -m "not slow and not gpu" "$@"
+check "slow tests" tests -m "slow" "$@"
+if [[ $full ]]; then
+  [[ ! -d tests/bench ]] || check "benchmarks" "$python" -m pytest tests/bench "$@"
+  ! command -v nvidia-smi > /dev/null || check "GPU tests" tests -m "gpu and not slow" "$@"
+fi
+
+if ((${#failed[@]})); then
+  printf 'FAILED: %s\n' "${failed[@]}"
+  exit 1
+fi
+echo "all passed"

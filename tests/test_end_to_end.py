@@ -1,0 +1,269 @@
+"""The shipped command on the embedded default, from nothing to the report: what a new user sees.
+
+One run of `./run_full_pipeline.sh` in a folder of its own (MEDGEMMA_KOREAN_ROOT) serves all tests here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+REAL_DATA = REPOSITORY.parent / "shared" / "real_data"
+DRIVER = REPOSITORY / "run_full_pipeline.sh"
+STAGES = (
+    "download",
+    "refine",
+    "prepare_tokenizer",
+    "add_lora",
+    "train_00",
+    "train_01",
+    "add_lora_second",
+    "train_02",
+    "report",
+)
+
+pytestmark = pytest.mark.slow
+
+
+def run(root: Path, *command: object) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "MEDGEMMA_KOREAN_ROOT": str(root)}
+    return subprocess.run([str(part) for part in command], env=environment, capture_output=True, text=True, cwd=root)
+
+
+def program(root: Path, name: str, *options: object) -> subprocess.CompletedProcess:
+    return run(root, sys.executable, REPOSITORY / "script" / name, *options)
+
+
+def new_root(folder: Path) -> Path:
+    shutil.copytree(REPOSITORY / "data" / "sample" / "01_raw", folder / "data" / "sample" / "01_raw")
+    shutil.rmtree(folder / "data" / "sample" / "01_raw" / ".stages", ignore_errors=True)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess]:
+    root = new_root(tmp_path_factory.mktemp("whole run"))
+    return root, run(root, DRIVER)
+
+
+def scores(root: Path, name: str = "tiny") -> dict:
+    return json.loads((root / "model" / "report" / name / "summary.json").read_text())["evaluations"]
+
+
+def test_ends_with_the_table_and_names_the_report(finished):
+    root, result = finished
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
+    lines = [line for line in result.stdout.splitlines() if line.strip()]
+    assert "demonstration" in lines[0] and "--model medgemma-4b" in lines[0]
+    assert "demonstration" in lines[-1] and "--model medgemma-4b" in lines[-1]
+    table = result.stdout[result.stdout.index("bits/char Korean") :]
+    for name in ("base", "extended", "00", "01", "02"):
+        assert re.search(rf"^{name} .*\d\.\d{{3}} .*% \(.* to .*\)", table, re.MULTILINE), name
+    assert "index.html" in table
+    assert (root / "model" / "report" / "tiny" / "index.html").is_file()
+
+
+def test_every_stage_is_complete_in_the_progress_file(finished):
+    root, _ = finished
+    text = (root / "logs" / "progress_tiny.txt").read_text()
+    for stage in STAGES:
+        assert re.search(rf"^{stage} +complete +100 %", text, re.MULTILINE), text
+
+
+def test_numbers_move_as_they_should(finished):
+    root, _ = finished
+    found = scores(root)
+    bits = {name: e["bits_per_character"] for name, e in found.items()}
+    assert bits["00"]["korean"] < bits["extended"]["korean"]
+    assert bits["00"]["korean"] < bits["base"]["korean"]
+    for name in bits:
+        assert bits[name]["english"] <= 1.05 * bits["base"]["english"], name
+    for language in ("korean", "medical"):
+        before, after = (found[n]["tokens_per_character"][language] for n in ("base", "extended"))
+        assert after < before
+    assert found["extended"]["tokens_per_character"]["english"] == found["base"]["tokens_per_character"]["english"]
+    for name, evaluation in found.items():
+        score = evaluation["mcq"]
+        assert score["n"] == 30 and 0 <= score["lower"] <= score["accuracy"] <= score["upper"] <= 1, name
+
+
+def test_accuracy_within_chance_is_called_so(finished):
+    _, result = finished
+    assert re.search(r"^02 .*(within|above) chance", result.stdout, re.MULTILINE)
+
+
+def test_old_rows_stayed_and_new_rows_moved(finished):
+    from safetensors import safe_open
+
+    root, _ = finished
+
+    def embedding(folder: Path):
+        with safe_open(folder / "model.safetensors", "pt") as file:
+            return file.get_tensor("model.embed_tokens.weight")
+
+    info = json.loads((root / "model" / "tokenizer" / "tiny" / "tokenizer_info.json").read_text())
+    raw = embedding(root / "model" / "raw" / "tiny")
+    merged = embedding(root / "model" / "01_another_lora_added" / "tiny" / "base")
+    extended = embedding(root / "model" / "raw_lora_added" / "tiny" / "base")
+    old, new = info["base_vocab"], slice(info["base_vocab"], info["vocab"])
+    assert (raw[:old] == merged[:old]).all()
+    assert ((extended[new] != merged[new]).any(dim=1)).all()
+
+
+def test_second_run_answers_already_complete(finished):
+    root, _ = finished
+    before = {p: p.stat().st_mtime_ns for p in (root / "model").rglob("*.safetensors")}
+    result = run(root, DRIVER)
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
+    assert result.stdout.count("already complete") >= 15  # programs, not stages
+    assert before == {p: p.stat().st_mtime_ns for p in (root / "model").rglob("*.safetensors")}
+
+
+def test_verify_passes_and_finds_one_flipped_bit(finished):
+    root, _ = finished
+    assert run(root, DRIVER, "--verify").returncode == 0
+    file = root / "model" / "00_trained" / "tiny" / "final" / "adapter_model.safetensors"
+    content = file.read_bytes()
+    try:
+        file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        result = run(root, DRIVER, "--verify")
+        assert result.returncode == 2 and "00_trained" in result.stdout + result.stderr
+    finally:
+        file.write_bytes(content)
+
+
+def test_log_is_short_and_clean(finished):
+    """Good to tail: no escape codes, no progress bars, no wall of library warnings."""
+    root, _ = finished
+    text = (root / "logs" / "pipeline_tiny.log").read_text()
+    assert "\x1b" not in text and "it/s]" not in text and "Warning" not in text
+    assert text.count("\n") < 600
+
+
+def test_stderr_is_quiet(finished):
+    _, result = finished
+    lines = [line for line in result.stderr.splitlines() if "set" not in line]
+    assert len(lines) < 10, result.stderr[-3000:]
+
+
+def test_metrics_are_one_event_a_line(finished):
+    root, _ = finished
+    events = [json.loads(line) for line in (root / "logs" / "metrics_tiny.jsonl").read_text().splitlines()]
+    steps = [e for e in events if e["event"] == "step" and e["program"] == "train_00_plain_text"]
+    record = json.loads((root / "model" / "00_trained" / "tiny" / "stage.json").read_text())
+    assert [e["step"] for e in steps] == list(range(1, record["steps"] + 1))
+
+
+def test_final_loads_as_the_model_card_shows(finished, tmp_path):
+    """Plain transformers and peft, from another working directory, without our package."""
+    root, _ = finished
+    folder = root / "model" / "02_trained" / "tiny"
+    code = re.search(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)[1]
+    assert "medgemma_korean" not in code
+    script = tmp_path / "use.py"
+    script.write_text(
+        code.replace('Path(".")', f"Path({str(folder)!r})")
+        + "\nimport sys\nassert not any(m.startswith('medgemma_korean') for m in sys.modules)\n"
+        + "print('GENERATED', output.shape[1] - inputs['input_ids'].shape[1])\n"
+    )
+    result = subprocess.run([sys.executable, script], cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert int(result.stdout.rsplit("GENERATED", 1)[1]) > 0
+
+
+def digest(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def test_killed_training_continues_to_the_same_bytes(finished, tmp_path):
+    root, _ = finished
+    options = ("--max-steps", "9", "--show-samples-every", "3")
+    finals = []
+    for kill in (False, True):
+        copy = tmp_path / ("killed" if kill else "whole")
+        shutil.copytree(root / "data", copy / "data")
+        for kind in ("raw_lora_added", "report"):
+            shutil.copytree(root / "model" / kind, copy / "model" / kind)
+        if kill:
+            environment = {**os.environ, "MEDGEMMA_KOREAN_ROOT": str(copy)}
+            command = [sys.executable, REPOSITORY / "script" / "train" / "train_00_plain_text.py", *options]
+            process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            marks = copy / "model" / "00_trained"
+            while process.poll() is None and not list(marks.rglob("checkpoint-3/complete.json")):
+                time.sleep(0.05)
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            assert not (marks / "tiny").exists()
+        result = program(copy, "train/train_00_plain_text.py", *options)
+        assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
+        if kill:
+            assert "continuing after step" in result.stdout
+        folder = copy / "model" / "00_trained" / "tiny"
+        evaluation = json.loads((folder / "evaluation.json").read_text())
+        finals.append((digest(folder / "final" / "adapter_model.safetensors"), evaluation))
+    assert finals[0] == finals[1]
+
+
+def test_changed_setting_is_told_and_force_keeps_the_old(finished, tmp_path):
+    root, _ = finished
+    copy = tmp_path / "copy"
+    shutil.copytree(root / "data", copy / "data")
+    shutil.copytree(root / "model", copy / "model")
+    result = program(copy, "model/prepare_tokenizer.py", "--new-tokens", "64")
+    assert result.returncode == 2 and "new_tokens: 1024 -> 64" in result.stdout
+    result = program(copy, "model/prepare_tokenizer.py", "--new-tokens", "64", "--force")
+    assert result.returncode == 0, result.stdout
+    assert (copy / "model" / "tokenizer" / "tiny.previous" / "tokenizer.json").is_file()
+    result = program(copy, "model/add_lora.py")
+    assert result.returncode == 2 and "input changed: tokenizer" in result.stdout
+    result = program(copy, "train/train_00_plain_text.py")
+    assert result.returncode == 0, "train_00 itself is unchanged until add_lora is made anew"
+
+
+def test_base_vocabulary_goes_through_the_same_code(finished, tmp_path):
+    """--new-tokens 0: no new rows anywhere, and the chain still trains."""
+    root, _ = finished
+    copy = tmp_path / "copy"
+    shutil.copytree(root / "data", copy / "data")
+    shutil.copytree(root / "model" / "raw", copy / "model" / "raw")
+    for name, *options in (
+        ("model/prepare_tokenizer.py", "--new-tokens", "0"),
+        ("model/add_lora.py",),
+        ("train/train_00_plain_text.py", "--max-steps", "2"),
+        ("model/add_lora.py", "--second"),
+        ("train/train_02_kor_med_test.py", "--max-steps", "2"),
+    ):
+        result = program(copy, name, *options)
+        assert result.returncode == 0, (name, result.stdout[-2000:] + result.stderr[-2000:])
+    record = json.loads((copy / "model" / "00_trained" / "tiny" / "stage.json").read_text())
+    assert record["trainable"]["rows"] == 0 and record["trainable"]["lora"] > 0
+    warnings = json.loads((copy / "model" / "01_another_lora_added" / "tiny" / "stage.json").read_text())["warnings"]
+    assert any("01_trained was skipped" in warning for warning in warnings)
+
+
+def test_gate_stops_the_chain(finished, tmp_path):
+    """A rate that destroys the model: exit 3, again when run again, and nothing is built on it unasked."""
+    root, _ = finished
+    copy = tmp_path / "copy"
+    shutil.copytree(root / "data", copy / "data")
+    for kind in ("raw_lora_added", "report"):
+        shutil.copytree(root / "model" / kind, copy / "model" / kind)
+    options = ("--max-steps", "6", "--learning-rate", "0.5")
+    result = program(copy, "train/train_00_plain_text.py", *options)
+    assert result.returncode == 3 and "English bits per character rose" in result.stdout, result.stdout[-2000:]
+    again = program(copy, "train/train_00_plain_text.py", *options)
+    assert again.returncode == 3 and "already complete" in again.stdout
+    after = program(copy, "model/add_lora.py", "--second")
+    assert after.returncode == 3 and "--allow-regression" in after.stdout
+    assert not (copy / "model" / "01_another_lora_added" / "tiny").exists()

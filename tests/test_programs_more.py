@@ -1,0 +1,437 @@
+"""train_01_02_loop, inspect_batches, check_gpu_memory, prepare_all and the validation programs."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import pytest
+
+from medgemma_korean import cli, profiles, records, training
+from medgemma_korean.cli import PipelineError
+from medgemma_korean.paths import RunPaths
+
+SCRIPT = Path(__file__).parents[1] / "script"
+SAMPLE = Path(__file__).parents[1] / "data" / "sample" / "01_raw"
+PROGRAMS = (
+    "train/train_01_02_loop.py",
+    "train/inspect_batches.py",
+    "model/check_gpu_memory.py",
+    "model/prepare_all.py",
+    "evaluate/validation_plain_text.py",
+    "evaluate/validation_kor_med_test.py",
+)
+
+
+def load(program: str) -> ModuleType:
+    """A program as a module, its siblings importable."""
+    file = SCRIPT / program
+    if str(file.parent) not in sys.path:
+        sys.path.insert(0, str(file.parent))
+    name = f"program_{file.stem}"
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, file)
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[name] = module  # dataclasses look their module up
+        spec.loader.exec_module(module)
+    return sys.modules[name]
+
+
+loop = load("train/train_01_02_loop.py")
+inspect_batches = load("train/inspect_batches.py")
+memory = load("model/check_gpu_memory.py")
+plain_text = load("evaluate/validation_plain_text.py")
+mcq_test = load("evaluate/validation_kor_med_test.py")
+
+
+# command lines ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_help_is_fast_and_loads_no_library(program):
+    code = (
+        "import runpy, sys\n"
+        f"sys.path.insert(0, {str((SCRIPT / program).parent)!r})\n"
+        f"sys.argv = [{program!r}, '--help']\n"
+        "try:\n"
+        f"    runpy.run_path({str(SCRIPT / program)!r}, run_name='__main__')\n"
+        "except SystemExit as end:\n"
+        "    assert not end.code\n"
+        "assert not {'torch', 'transformers', 'datasets'} & set(sys.modules)\n"
+    )
+    started = time.process_time()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "usage:" in done.stdout and program.split("/")[1] in done.stdout
+    assert time.process_time() - started < 5
+
+
+def test_options():
+    args = loop.make_parser().parse_args([])
+    assert (args.target_accuracy, args.max_loops, args.model) == (90.0, 10, "tiny")
+    assert mcq_test.make_parser().parse_args(["--final", "--models", "base", "02"]).models == ["base", "02"]
+    assert inspect_batches.make_parser().parse_args(["--stage", "01"]).stage == "01"
+    for argv in (["--stage", "03"], ["--micro-batch", "0"]):
+        with pytest.raises(SystemExit) as error:
+            memory.make_parser().parse_args(argv)
+        assert error.value.code == 2
+    with pytest.raises(PipelineError, match="at most 100"):
+        loop.main(["--target-accuracy", "120"])
+
+
+# the loop -----------------------------------------------------------------------------------------------
+
+
+def look(step, accuracy, loss=1.6, train_loss=1.5, half=0.05, korean=1.0, english=1.0, predicted=None):
+    return {
+        "step": step, "accuracy": accuracy, "lower": accuracy - half, "upper": accuracy + half, "loss": loss,
+        "train_loss": train_loss, "korean_bits": korean, "english_bits": english,
+        "predicted": predicted or {letter: 20 for letter in "ABCDE"},
+    }  # fmt: skip
+
+
+REFERENCE = {"korean": 1.0, "english": 1.0}
+
+
+def test_stop_reason():
+    assert loop.stop_reason([], 0.9, 2) is None
+    assert loop.stop_reason([look(1, 0.94)], 0.9, 2) is None  # the accuracy, not the lower end, is above the target
+    assert "target reached" in loop.stop_reason([look(1, 0.2), look(2, 0.96)], 0.9, 2)
+    rising = [look(1, 0.2), look(2, 0.3), look(3, 0.3)]
+    assert loop.stop_reason(rising, 0.9, 2) is None
+    assert "plateau: 2 looks" in loop.stop_reason([*rising, look(4, 0.25)], 0.9, 2)
+    assert loop.stop_reason([*rising, look(4, 0.31)], 0.9, 2) is None
+    assert "plateau: 1 look " in loop.stop_reason(rising, 0.9, 1)
+
+
+@pytest.mark.parametrize(
+    ("last", "word"),
+    [
+        (look(2, 0.3, loss=1.8, train_loss=0.9), "overfit"),
+        (
+            look(2, 0.3, predicted={"A": 41, "B": 30, "C": 29, "D": 0, "E": 0}),
+            "letter bias: 41% of the predictions are A",
+        ),
+        (look(2, 0.3, english=1.06), "forgetting: English bits per character rose by 6.0%"),
+        (look(2, 0.3, korean=1.10), "forgetting: Korean"),
+    ],
+)
+def test_troubles(last, word):
+    found = loop.troubles([look(1, 0.3), last], REFERENCE, 1.05)
+    assert len(found) == 1 and found[0].startswith(word.split(":")[0]) and word in found[0]
+    assert word in loop.diagnosis([look(1, 0.3), last], 0.9, 5, REFERENCE, 1.05)
+
+
+def test_no_trouble():
+    # Dev loss up while the training loss is up too is no overfitting; 40 % of one letter is not above 40 %.
+    last = look(2, 0.5, loss=1.8, train_loss=1.7, predicted={"A": 40, "B": 60 - 21, "C": 21})
+    assert loop.troubles([look(1, 0.4), last], REFERENCE, 1.05) == []
+    line = loop.diagnosis([look(1, 0.4), last], 0.9, 5, REFERENCE, 1.05)
+    assert line == "target not reached in 2 looks; best dev 50.0% (45.0% to 55.0%, step 2)"
+
+
+def test_alternate_keeps_every_row_in_order():
+    first, second = [("a", i) for i in range(7)], [("b", i) for i in range(10)]
+    rows, ends = loop.alternate(first, second, loops=3, batch=4)
+    assert [r for r in rows if r[0] == "a"] == first and [r for r in rows if r[0] == "b"] == second
+    assert len(rows) == 17 and list(ends.values()) == ["loop_1", "loop_2", "loop_3"]
+    assert max(ends) == 5  # 17 rows in batches of 4
+    assert rows[0][0] == "a" and rows[-1][0] == "b"
+    with pytest.raises(PipelineError, match="less than one batch"):
+        loop.alternate(first, second, loops=3, batch=8)
+
+
+def test_plan_looks_and_stop():
+    settings = profiles.StageSettings(epochs=1, max_length=8, batch=4, micro_batch=2, learning_rate=1e-3)
+    plan = training.Plan([{}] * 40, settings, False, "accuracy", True, lambda model: {})
+    assert plan.evaluation_steps == [2, 5, 8, 10] and not plan.ended([look(1, 1.0)])
+    kept = replace(plan, keep={4: "loop_1", 8: "loop_2", 99: "loop_3"}, stop=lambda h: "x" if len(h) > 1 else None)
+    assert kept.evaluation_steps == [4, 8, 10]
+    assert not kept.ended([]) and not kept.ended([look(4, 0.1)]) and kept.ended([look(4, 0.1)] * 2)
+    assert replace(kept, settings=replace(settings, look_every=3)).evaluation_steps == [3, 4, 6, 8, 9, 10]
+
+
+# inspect_batches ----------------------------------------------------------------------------------------
+
+
+def test_segments():
+    ids, labels = [2, 5, 6, 7, 0, 0], [-100, -100, 6, 7, -100, 0]
+    assert inspect_batches.segments(ids, labels, pad=0) == [
+        ("masked", [2, 5]), ("supervised", [6, 7]), ("padding", [0]), ("supervised", [0]),
+    ]  # fmt: skip
+    decoder = SimpleNamespace(decode=lambda found: "".join(f"<{i}>" for i in found))
+    runs = inspect_batches.segments(ids[:5], labels[:5], pad=0)
+    assert inspect_batches.painted(decoder, runs, colour=False) == "<2><5>⟦<6><7>⟧⟪<0>⟫"
+    assert "\033[" in inspect_batches.painted(decoder, runs, colour=True)
+
+
+def test_forbidden_batches():
+    import torch
+
+    def batch(ids, labels, positions, **more):
+        return {key: torch.tensor([v]) for key, v in zip(("input_ids", "labels", "position_ids"), (ids, labels, positions))} | more  # fmt: skip  # noqa: E501, B905
+
+    good = batch([2, 5, 2, 6], [-100, 5, -100, 6], [0, 1, 0, 1])
+    rows = [{"input_ids": [2, 5]}, {"input_ids": [2, 6]}]
+    assert inspect_batches.problems_of_batch(good, rows, pad=0) == []
+    assert "attention mask" in inspect_batches.problems_of_batch({**good, "attention_mask": 1}, rows, 0)[0]
+    assert (
+        "3" not in inspect_batches.problems_of_batch(batch([2, 5, 2, 6], [-100, 5, -100, 6], [0, 1, 2, 3]), rows, 0)[0]
+    )
+    pads = batch([2, 0, 2, 6], [-100, 0, 2, 6], [0, 1, 0, 1])
+    assert [p.split(": ")[1] for p in inspect_batches.problems_of_batch(pads, rows, 0)] == [
+        "padding is supervised", "its first token is predicted from the document before it",
+    ]  # fmt: skip
+
+
+# check_gpu_memory ---------------------------------------------------------------------------------------
+
+SHAPE_4B = memory.SHAPES["google/medgemma-4b-it"]
+SHAPE_27B = memory.SHAPES["google/medgemma-27b-text-it"]
+
+
+@pytest.mark.parametrize(
+    ("value", "expected", "tolerance"),
+    [
+        (memory.weight_bytes(SHAPE_4B, "bf16", "bfloat16") / 1e9, 7.8, 0.01),
+        (memory.weight_bytes(SHAPE_4B, "8bit", "bfloat16") / 1e9, 4.6, 0.02),
+        (memory.weight_bytes(SHAPE_27B, "bf16", "bfloat16") / 1e9, 54, 0.01),
+        (memory.weight_bytes(SHAPE_27B, "8bit", "bfloat16") / 1e9, 28.5, 0.01),
+        (memory.weight_bytes(SHAPE_27B, "nf4", "bfloat16") / 1e9, 17, 0.07),  # "about 17"
+        (memory.lora_parameters(SHAPE_4B, 64) / 1e6, 119, 0.005),
+        (memory.lora_parameters(SHAPE_27B, 32) / 1e6, 227, 0.005),
+        (10_000 * SHAPE_4B.hidden / 1e6, 25.6, 0.001),
+        (10_000 * SHAPE_4B.hidden * memory.TRAINED_BYTES / 1e9, 0.41, 0.01),
+        (memory.row_temporaries(replace(SHAPE_4B, rows=272_192), 2) / 1e9, 5.6, 0.01),
+        (memory.row_temporaries(replace(SHAPE_27B, rows=272_192), 2) / 1e9, 11.7, 0.01),
+    ],
+)
+def test_reference_numbers(value, expected, tolerance):
+    assert value == pytest.approx(expected, rel=tolerance)
+
+
+@pytest.fixture
+def empty_root(tmp_path, monkeypatch):
+    monkeypatch.setenv("MEDGEMMA_KOREAN_ROOT", str(tmp_path))
+    return tmp_path
+
+
+def test_memory_verdict(empty_root, capsys):
+    assert memory.main(["--model", "medgemma-4b", "--available", "80"]) == 0
+    text = capsys.readouterr().out
+    assert "predictions, not measurements" in text and "verdict: fits" in text and "stage 02" in text
+    with pytest.raises(PipelineError, match="--precision nf4") as error:
+        memory.main(["--model", "medgemma-27b", "--stage", "00", "--available", "48"])
+    assert error.value.exit_code == 2 and "a card of 80 GB" in str(error.value)
+
+
+def test_memory_cases(empty_root):
+    args = memory.make_parser().parse_args(["--model", "medgemma-4b"])
+    profile, paths = cli.resolve(args)
+    found = memory.cases(profile, paths, args)
+    assert found["00"].shape.rows == 272_192 and found["02"].new_tokens == 0
+    parts = memory.predict(found["00"])
+    assert parts["trained rows, gradient, Adam"] / 1e9 == pytest.approx(0.41, rel=0.01)
+    without = memory.predict(replace(found["00"], checkpointing=False))
+    assert without["activations"] > 10 * parts["activations"]
+    assert memory.total(replace(found["00"], precision="nf4")) < memory.total(found["00"])
+    # The raw model's own configuration wins over the table.
+    config = {"text_config": {"num_hidden_layers": 2, "hidden_size": 8, "intermediate_size": 16}}
+    records.write_json(paths.raw_model / "config.json", config)
+    assert memory.read_shape(profile, paths) == memory.Shape(2, 8, 16, 8, 4, 256, 262_208, 262_208)
+
+
+# validation ---------------------------------------------------------------------------------------------
+
+
+def test_perplexity_is_a_value_a_token():
+    assert plain_text.perplexity(bits_per_character=3.0, tokens_per_character=0.5) == pytest.approx(64)
+
+
+def test_items_and_names():
+    items = [{"id": str(i), "exam": exam} for i, exam in enumerate(["doctor", "nurse"] * 10)]
+    assert {item["exam"] for item in mcq_test.chosen_items(items, ["nurse"], None)} == {"nurse"}
+    assert len(mcq_test.chosen_items(items, None, 5)) == 5
+    assert mcq_test.chosen_items(items, None, 5) == mcq_test.chosen_items(items, None, 5) != items[:5]
+    with pytest.raises(PipelineError, match="doctor, nurse"):
+        mcq_test.chosen_items(items, ["vet"], None)
+    assert mcq_test.label("dev", "letter", None, None) == "dev-letter"
+    assert mcq_test.label("test", "generate", ["nurse", "doctor"], 9) == "test-generate-doctor-nurse-limit9"
+
+
+def test_looks_are_counted(empty_root):
+    paths = RunPaths.of("tiny", "data/sample")
+    assert mcq_test.count_look(paths, models=["base"]) == 1
+    assert mcq_test.count_look(paths, models=["02"]) == 2
+    assert [entry["models"] for entry in records.read_json(paths.report / "test_looks.json")] == [["base"], ["02"]]
+
+
+# on a chain of their own --------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """The root of a run, and its profile: far smaller than tiny and hardly trained. Model, tokenizer, both adapters."""
+    root = tmp_path_factory.mktemp("chain")
+    shutil.copytree(SAMPLE, root / "data" / "sample" / "01_raw", ignore=shutil.ignore_patterns(".stages"))
+    tiny = profiles.MODELS["tiny"]
+    small = replace(
+        tiny,
+        tiny=replace(tiny.tiny, base_vocab=1500, hidden=32, intermediate=64, layers=2, heads=2, kv_heads=1, steps=3),
+        precision="fp32",  # eight bits on a CPU take most of the time, and other tests cover them
+        new_tokens=32,
+        lora_rank=2,
+        second_rank=2,
+        score_characters=1500,
+        mcq=replace(tiny.mcq, batch=4, micro_batch=2),
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MEDGEMMA_KOREAN_ROOT", str(root))
+        patch.setitem(profiles.MODELS, "tiny", small)
+        assert load("model/build_tiny_model.py").main([]) == 0
+        assert load("refine/refine_all.py").main([]) == 0
+        assert load("model/prepare_tokenizer.py").main([]) == 0
+        assert load("model/add_lora.py").main([]) == 0
+        assert load("model/add_lora.py").main(["--second", "--allow-regression"]) == 0
+    return root, small
+
+
+@pytest.fixture
+def chain(built, monkeypatch):
+    root, small = built
+    monkeypatch.setenv("MEDGEMMA_KOREAN_ROOT", str(root))
+    monkeypatch.setitem(profiles.MODELS, "tiny", small)
+    return RunPaths.of("tiny", "data/sample")
+
+
+LOOP = ["--max-samples", "8", "--max-loops", "3", "--target-accuracy", "0.0001", "--allow-regression"]
+
+
+@pytest.mark.slow
+def test_loop_ends_early_and_counts_as_complete(chain):
+    assert loop.main(LOOP) == 0
+    record = records.read_json(chain.loop / "stage.json")
+    info = records.read_json(chain.loop / "training_info.json")
+    assert info["diagnosis"].startswith("target reached")
+    assert record["steps"] == info["steps"] == info["validation_history"][-1]["step"]
+    assert record["loops"] == len(info["validation_history"]) == 1
+    assert record["counts"]["rows"] == record["steps"] * 4 == info["train_samples"]
+    for name in ("loop_1", "best", "final"):
+        config = records.read_json(chain.loop / name / "adapter_config.json")
+        assert not os.path.isabs(config["base_model_name_or_path"])
+        assert (chain.loop / name / config["base_model_name_or_path"] / "config.json").is_file()
+    best, final = (chain.loop / name / "adapter_model.safetensors" for name in ("best", "final"))
+    assert best.read_bytes() == final.read_bytes()
+    assert loop.main(LOOP) == 0  # already complete
+    assert records.read_json(chain.loop / "stage.json") == record
+
+
+@pytest.mark.slow
+def test_loop_killed_before_publishing_trains_nothing_again(chain):
+    before = records.read_json(chain.loop / "stage.json")
+    work = chain.loop.with_name(".tiny.partial")
+    shutil.copytree(chain.loop, work)
+    records.write_json(work / ".identity.json", before["identity"])
+    for made in ("stage.json", "training_info.json", "evaluation.json"):
+        (work / made).unlink()
+    (work / "best").rename(work / f"best-{before['best_step']}")
+    shutil.rmtree(chain.loop)
+    assert loop.main(LOOP) == 0
+    after = records.read_json(chain.loop / "stage.json")
+    assert (after["steps"], after["fingerprint"]) == (before["steps"], before["fingerprint"])
+    same = "final/adapter_model.safetensors"
+    assert after["outputs"][same]["sha256"] == before["outputs"][same]["sha256"]
+
+
+@pytest.mark.slow
+def test_interrupted_loop_ends_with_the_same_bytes(chain, monkeypatch):
+    argv = ["--max-samples", "8", "--max-loops", "2", "--allow-regression", "--output"]
+    whole, broken = (chain.loop.with_name(name) for name in ("whole", "broken"))
+    assert loop.main([*argv, str(whole)]) == 0
+    steps = records.read_json(whole / "stage.json")["steps"]
+    calls = iter(range(1000))
+    with monkeypatch.context() as patch:
+        patch.setattr(cli, "stop_requested", lambda: next(calls) >= steps // 2)  # asked once a step
+        with pytest.raises(cli.Interrupted):
+            loop.main([*argv, str(broken)])
+    assert not broken.exists()
+    assert loop.main([*argv, str(broken)]) == 0
+    for made in ("loop_1", "loop_2", "best", "final"):
+        one, other = (folder / made / "adapter_model.safetensors" for folder in (whole, broken))
+        assert one.read_bytes() == other.read_bytes(), made
+    history = [records.read_json(f / "training_info.json")["validation_history"] for f in (whole, broken)]
+    assert history[0] == history[1] and len(history[0]) == 2
+
+
+@pytest.mark.slow
+def test_validation_programs(chain, capsys):
+    models = ["--models", "base", "merged", str(chain.loop), str(chain.loop / "loop_1")]
+    assert plain_text.main(models) == 0
+    found = records.read_json(chain.report / "validation_plain_text.json")["models"]
+    assert list(found) == ["base", "merged", "01_02_loop-tiny", "01_02_loop-tiny-loop_1"]
+    told = records.read_json(chain.scores("merged"))["bits_per_character"]
+    assert found["merged"]["bits_per_character"] == pytest.approx(told)
+    scored = records.read_json(chain.loop / "evaluation.json")
+
+    assert mcq_test.main(models) == 0
+    summary = records.read_json(chain.report / "validation" / "dev-letter.json")["models"]
+    assert summary["01_02_loop-tiny"]["mcq"] == scored["mcq"]
+    assert summary["base"]["mcq"] == records.read_json(chain.scores("base"))["mcq"]
+    assert "against_first" not in summary["base"] and summary["merged"]["against_first"]["before"] == "base"
+    assert len(list(records.read_jsonl(chain.report / "validation" / "dev-letter-base.jsonl"))) == 30
+
+    looks = chain.report / "test_looks.json"
+    assert not looks.exists()
+    with pytest.raises(PipelineError, match="nosuch"):
+        mcq_test.main(["--final", "--models", "nosuch"])
+    assert not looks.exists()
+    generate = ["--mode", "generate", "--max-new-tokens", "4", "--limit", "5"]
+    assert mcq_test.main(["--final", "--models", "merged", *generate]) == 0
+    assert [entry["limit"] for entry in records.read_json(looks)] == [5]
+    answers = list(records.read_jsonl(chain.report / "validation" / "test-generate-limit5-merged.jsonl"))
+    assert len(answers) == 5 and all("output" in row and row["reason"] for row in answers)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["00", "01", "02"])
+def test_inspect_batches(chain, stage, capsys, monkeypatch):
+    argv = ["--stage", stage, "--rows", "2", "--max-samples", "40"]
+    assert inspect_batches.main(argv) == 0
+    text = capsys.readouterr().out
+    assert "⟦" in text and "no forbidden state" in text and "\033[" not in text
+    if stage == "02":
+        assert "its evaluation prompt" in text
+        real = inspect_batches.plan_of
+
+        def spoilt(*args):
+            plan = real(*args)
+            plan.rows[3]["labels"] = list(plan.rows[3]["input_ids"])  # the prompt is trained too
+            return plan
+
+        monkeypatch.setattr(inspect_batches, "plan_of", spoilt)
+        with pytest.raises(PipelineError, match="row 3"):
+            inspect_batches.main(argv)
+
+
+@pytest.mark.slow
+def test_multimodal_base_is_scored_as_text_only():
+    import torch
+    import torch_fixtures as tf
+
+    from medgemma_korean import modeling
+
+    folder = tf.multimodal_folder()
+    ids = torch.arange(5, 25).unsqueeze(0)
+    with torch.no_grad():
+        expected = modeling.load_text_model(folder, "float32")(input_ids=ids).logits
+        found = modeling.load_any_base(folder, tf.profile(), "cpu", "fp32")(input_ids=ids).logits
+    assert torch.equal(found, expected)
+    assert modeling.load_any_base(folder, tf.profile(), "cpu", "8bit").is_loaded_in_8bit
+    assert not list(folder.parent.glob(".text-only-*"))

@@ -1,0 +1,438 @@
+"""The stage record: complete, again, differs, force, interrupted, resumed, altered upstream, gate."""
+
+import json
+import os
+
+import pytest
+
+from medgemma_korean import records, stage
+from medgemma_korean.cli import GateError, Interrupted, PipelineError
+from medgemma_korean.paths import RunPaths
+from medgemma_korean.stage import Input, Stage, read_record
+
+REPAIR = "python script/refine/refine_00_plain_text.py --model tiny"
+TRAIN = "python script/train/train_00_plain_text.py --model tiny"
+
+
+@pytest.fixture
+def paths():
+    p = RunPaths.of("tiny", "data/sample")
+    p.raw_korean.mkdir(parents=True)
+    (p.raw_korean / "a.jsonl").write_text('{"text": "가"}\n')
+    return p
+
+
+def refine(paths, **changes):
+    """A data stage: raw Korean text -> plain text."""
+    values = {
+        "outputs": [paths.plain_text],
+        "inputs": [Input("Korean text", paths.raw_korean, repair="python download.py")],
+        "settings": {"seed": 17, "ratio": (0.1, 0.5)},
+        **changes,
+    }
+    return Stage("refine_00_plain_text", paths, **values)
+
+
+def run_refine(paths, text="refined\n", **changes):
+    s = refine(paths, **changes)
+    if (code := s.already_complete()) is not None:
+        return code
+    with s.work() as folder:
+        (folder / paths.plain_text.name).mkdir()
+        (folder / paths.plain_text.name / "train.jsonl").write_text(text)
+        s.complete(counts={"kept": 1})
+    return None
+
+
+def train(paths, **changes):
+    """A model stage on top of it."""
+    values = {
+        "outputs": [paths.trained_00],
+        "inputs": [Input("plain text", paths.plain_text, paths.record("refine_00_plain_text"), REPAIR)],
+        "settings": {"epochs": 1},
+        "record_inside": True,
+        **changes,
+    }
+    return Stage("train_00_plain_text", paths, **values)
+
+
+def run_train(paths, gate=None, weights="w", **changes):
+    s = train(paths, **changes)
+    if (code := s.already_complete()) is not None:
+        return code
+    with s.work(resumable=True) as folder:
+        (folder / "final").mkdir(exist_ok=True)
+        (folder / "final" / "adapter.bin").write_text(weights)
+        s.complete(steps=3, gate=gate)
+    return None
+
+
+def score(paths, **changes):
+    """What builds on the trained model."""
+    return Stage(
+        "add_lora",
+        paths,
+        outputs=[paths.another_lora_added],
+        inputs=[Input("00_trained", paths.trained_00, paths.trained_00 / "stage.json", TRAIN)],
+        settings={},
+        record_inside=True,
+        **changes,
+    )
+
+
+def touch(file, seconds=100):
+    stat = file.stat()
+    os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns + seconds * 10**9))
+
+
+def rewrite_silently(file, text):
+    """Other bytes of the same size under the same time, as a bad disk or a hurried hand leaves them."""
+    stat = file.stat()
+    assert len(text.encode()) == stat.st_size
+    file.write_text(text)
+    os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+
+
+# complete and again -------------------------------------------------------------------------------------
+
+
+def test_the_record_says_what_was_read_made_and_found(paths):
+    assert run_refine(paths) is None
+    record = read_record(paths.record("refine_00_plain_text"))
+    assert record["program"] == "refine_00_plain_text" and record["counts"] == {"kept": 1}
+    assert record["settings"] == {"seed": 17, "ratio": [0.1, 0.5]}
+    assert list(record["raw_files"]) == ["01_raw/00_korean/a.jsonl"]
+    assert list(record["outputs"]) == ["02_refined/00_plain_text/train.jsonl"]
+    assert set(record["outputs"]["02_refined/00_plain_text/train.jsonl"]) == {"size", "mtime_ns", "sha256"}
+    assert record["versions"]["python"] and record["seconds"] >= 0 and "gate" in record and "scores" in record
+    assert not list(paths.refined.glob(".stages/*.partial"))
+    assert str(paths.data) not in json.dumps(record)  # the folder can be moved
+
+
+def test_again_is_complete_and_changes_nothing(paths):
+    run_refine(paths)
+    before = {f: f.read_bytes() for f in paths.refined.rglob("*") if f.is_file()}
+    assert run_refine(paths, text="other\n") == 0
+    assert {f: f.read_bytes() for f in paths.refined.rglob("*") if f.is_file()} == before
+
+
+def test_a_moved_root_is_still_complete(paths, tmp_path, monkeypatch):
+    run_refine(paths), run_train(paths)
+    moved = tmp_path / "elsewhere"
+    moved.mkdir()
+    for name in ("data", "model", "logs"):
+        (tmp_path / name).rename(moved / name)
+    monkeypatch.setenv("MEDGEMMA_KOREAN_ROOT", str(moved))
+    there = RunPaths.of("tiny", "data/sample")
+    assert (run_refine(there), run_train(there)) == (0, 0)
+
+
+def test_a_touched_file_is_the_same_file(paths):
+    run_refine(paths)
+    touch(paths.raw_korean / "a.jsonl")
+    touch(paths.plain_text / "train.jsonl")
+    assert run_refine(paths) == 0
+
+
+def test_hidden_files_and_records_are_no_input(paths):
+    run_refine(paths)
+    (paths.raw_korean / ".DS_Store").write_text("x")
+    assert run_refine(paths) == 0
+
+
+# something differs --------------------------------------------------------------------------------------
+
+
+def test_a_changed_setting_is_named_and_stops(paths):
+    run_refine(paths)
+    with pytest.raises(PipelineError) as error:
+        run_refine(paths, settings={"seed": 18, "ratio": (0.1, 0.5)})
+    assert "settings.seed: 17 -> 18" in str(error.value) and "--force" in str(error.value)
+    assert "ratio" not in str(error.value)
+    with pytest.raises(PipelineError, match="settings.new: None -> 1"):
+        run_refine(paths, settings={"seed": 17, "ratio": (0.1, 0.5), "new": 1})
+    with pytest.raises(PipelineError, match="format of refine_00_plain_text: 1 -> 2"):
+        run_refine(paths, format=2)
+
+
+@pytest.mark.parametrize("text", ['{"text": "나"}\n', '{"text": "가나"}\n'])
+def test_changed_input_content(paths, text):
+    run_refine(paths)
+    (paths.raw_korean / "a.jsonl").write_text(text)
+    touch(paths.raw_korean / "a.jsonl")
+    with pytest.raises(PipelineError, match="input changed: Korean text"):
+        run_refine(paths)
+
+
+def test_an_added_and_a_removed_input_file(paths):
+    run_refine(paths)
+    (paths.raw_korean / "b.jsonl").write_text("{}\n")
+    with pytest.raises(PipelineError, match="input changed: Korean text"):
+        run_refine(paths)
+    (paths.raw_korean / "b.jsonl").unlink()
+    assert run_refine(paths) == 0
+
+
+def test_force_redoes_and_keeps_the_old(paths):
+    run_refine(paths, text="first\n")
+    for text, seed in (("second\n", 18), ("third\n", 19)):
+        assert run_refine(paths, text=text, force=True, settings={"seed": seed}) is None
+    folder = paths.refined
+    read = {p.name: (p / "train.jsonl").read_text() for p in folder.glob("00_plain_text*")}
+    assert read == {
+        "00_plain_text": "third\n",
+        "00_plain_text.previous": "first\n",
+        "00_plain_text.previous.2": "second\n",
+    }
+    assert len(list(folder.glob(".stages/refine_00_plain_text.json.previous*"))) == 2
+    assert run_refine(paths, settings={"seed": 19}) == 0
+
+
+def test_force_on_an_unchanged_stage_does_nothing(paths):
+    run_refine(paths)
+    assert run_refine(paths, force=True) == 0
+    assert not list(paths.refined.glob("*.previous"))
+
+
+def test_force_keeps_an_old_model(paths):
+    run_refine(paths), run_train(paths, weights="old")
+    assert run_train(paths, weights="new", settings={"epochs": 2}, force=True) is None
+    assert (paths.trained_00 / "final/adapter.bin").read_text() == "new"
+    assert (paths.trained_00.with_name("tiny.previous") / "final/adapter.bin").read_text() == "old"
+
+
+def test_a_missing_and_an_altered_output_are_seen(paths):
+    run_refine(paths)
+    file = paths.plain_text / "train.jsonl"
+    file.write_text("refines\n")
+    touch(file)
+    with pytest.raises(PipelineError, match=r"train\.jsonl has other content"):
+        run_refine(paths)
+    file.write_text("cut")
+    with pytest.raises(PipelineError, match="has 3 bytes, not 8"):
+        run_refine(paths)
+    file.unlink()
+    with pytest.raises(PipelineError, match=r"train\.jsonl is missing"):
+        run_refine(paths)
+    assert run_refine(paths, force=True) is None and file.read_text() == "refined\n"
+
+
+# upstream -----------------------------------------------------------------------------------------------
+
+
+def test_an_absent_input_names_path_and_repair(paths):
+    for gone in (paths.raw_korean / "a.jsonl", paths.raw_korean):
+        gone.unlink() if gone.is_file() else gone.rmdir()
+        with pytest.raises(
+            PipelineError, match=r"Korean text: .*00_korean (holds no files|does not exist); run: python"
+        ):
+            run_refine(paths)
+
+
+def test_all_missing_inputs_are_listed_at_once(paths):
+    more = [Input("x", paths.raw_mcq, repair="get x"), Input("y", paths.dictionary, paths.record("refine_01"), "get y")]
+    with pytest.raises(PipelineError) as error:
+        refine(paths, inputs=more).already_complete() or refine(paths, inputs=more).identity()
+    assert "run: get x" in str(error.value) and "run: get y" in str(error.value)
+
+
+def test_incomplete_upstream_is_refused(paths):
+    with pytest.raises(PipelineError, match=r"plain text: .* does not exist; run: python script/refine"):
+        run_train(paths)
+    paths.plain_text.mkdir(parents=True)  # files without a record, as a killed program would leave them
+    with pytest.raises(PipelineError, match=r"plain text: .*is incomplete \(no stage record\); run: " + REPAIR):
+        run_train(paths)
+    assert not paths.trained_00.exists()
+
+
+def test_silently_altered_upstream_is_refused(paths):
+    run_refine(paths)
+    rewrite_silently(paths.plain_text / "train.jsonl", "Refined\n")
+    assert run_refine(paths) == 0  # size and time only: quick
+    with pytest.raises(PipelineError) as error:
+        run_train(paths)
+    assert "plain text is not what refine_00_plain_text made" in str(error.value)
+    assert "has other content" in str(error.value) and f"{REPAIR} --force" in str(error.value)
+    assert not paths.trained_00.exists()
+
+
+def test_a_redone_upstream_makes_the_next_stage_differ(paths):
+    run_refine(paths), run_train(paths)
+    run_refine(paths, settings={"seed": 1}, force=True)
+    with pytest.raises(PipelineError, match="input changed: plain text"):
+        run_train(paths)
+
+
+def test_an_optional_input_is_part_of_the_fingerprint(paths):
+    dictionary = Input("dictionary", paths.dictionary, paths.record("refine_01_medical_dict"), optional=True)
+    inputs = [Input("Korean text", paths.raw_korean), dictionary]
+    assert run_refine(paths, inputs=inputs) is None and run_refine(paths, inputs=inputs) == 0
+    records.write_json(paths.record("refine_01_medical_dict"), {"fingerprint": "abc"})
+    with pytest.raises(PipelineError, match="input changed: dictionary"):
+        run_refine(paths, inputs=inputs)
+
+
+# interrupted --------------------------------------------------------------------------------------------
+
+
+def test_an_error_leaves_no_result_and_the_next_run_starts_clean(paths):
+    s = refine(paths)
+    with pytest.raises(ZeroDivisionError), s.work() as folder:
+        (folder / "rubbish").write_text("x")
+        1 / 0  # noqa: B018
+    assert not paths.plain_text.exists() and not paths.record("refine_00_plain_text").exists()
+    s = refine(paths)
+    assert s.already_complete() is None
+    with s.work() as folder:
+        assert not (folder / "rubbish").exists() and not s.resumed
+
+
+def test_a_kill_between_publishing_and_record_reads_as_incomplete(paths, monkeypatch):
+    real = stage.describe
+    monkeypatch.setattr(stage, "describe", lambda found, *a, **k: _interrupt(found, paths) or real(found, *a, **k))
+    with pytest.raises(Interrupted):
+        run_refine(paths, text="cut short\n")
+    monkeypatch.setattr(stage, "describe", real)
+    assert paths.plain_text.exists() and read_record(paths.record("refine_00_plain_text")) is None
+    assert run_refine(paths) is None
+    assert (paths.plain_text / "train.jsonl").read_text() == "refined\n"
+
+
+def _interrupt(found, paths):
+    if paths.plain_text in found:
+        raise Interrupted("SIGTERM")
+
+
+def begin_training(paths, **changes):
+    s = train(paths, **changes)
+    with pytest.raises(Interrupted), s.work(resumable=True) as folder:
+        (folder / "checkpoint-1").mkdir()
+        raise Interrupted("SIGTERM")
+
+
+def test_resumable_work_continues_with_the_same_identity(paths):
+    run_refine(paths), begin_training(paths)
+    assert not paths.trained_00.exists()
+    s = train(paths)
+    assert s.already_complete() is None
+    with s.work(resumable=True) as folder:
+        assert s.resumed and (folder / "checkpoint-1").is_dir()
+        s.complete(steps=1)
+    assert read_record(paths.trained_00 / "stage.json")["steps"] == 1
+    assert not list(paths.trained_00.glob(".identity*")) and not list(paths.trained_00.parent.glob(".*"))
+
+
+def test_resumable_work_refuses_another_identity(paths):
+    run_refine(paths), begin_training(paths)
+    with pytest.raises(PipelineError) as error:
+        run_train(paths, settings={"epochs": 2})
+    assert "was begun with something else" in str(error.value) and "settings.epochs: 1 -> 2" in str(error.value)
+    s = train(paths, settings={"epochs": 2}, force=True)
+    with s.work(resumable=True) as folder:
+        assert not s.resumed and not (folder / "checkpoint-1").exists()
+    assert (paths.trained_00.with_name(".tiny.partial.previous") / "checkpoint-1").is_dir()
+
+
+def test_a_kill_while_publishing_loses_no_training(paths, monkeypatch):
+    """Hashing a large model takes a while; a signal in that time must leave the work resumable."""
+    run_refine(paths)
+    real = stage.describe
+
+    def killed(found, *args, **kwargs):
+        if any(p.name.endswith(".partial") for p in found):
+            raise Interrupted("SIGTERM")
+        return real(found, *args, **kwargs)
+
+    monkeypatch.setattr(stage, "describe", killed)
+    with pytest.raises(Interrupted):
+        run_train(paths)
+    monkeypatch.setattr(stage, "describe", real)
+    s = train(paths)
+    with s.work(resumable=True) as folder:
+        assert s.resumed and (folder / "final/adapter.bin").read_text() == "w"
+        s.complete()
+
+
+def test_an_output_that_was_not_made_is_a_bug(paths):
+    s = refine(paths)
+    with pytest.raises(AssertionError, match="did not make"), s.work():
+        s.complete()
+    assert read_record(paths.record("refine_00_plain_text")) is None
+
+
+def test_a_stage_that_checks_in_place_leaves_the_files_alone(paths):
+    def check():
+        s = Stage("download_00_plain_text", paths, [paths.raw_korean], [Input("text", paths.raw_korean)], {})
+        if (code := s.already_complete()) is not None:
+            return code
+        with s.work():
+            s.complete()
+
+    before = (paths.raw_korean / "a.jsonl").stat()
+    assert (check(), check()) == (None, 0)
+    after = (paths.raw_korean / "a.jsonl").stat()
+    assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+
+
+# gate ---------------------------------------------------------------------------------------------------
+
+FAILED = {"passed": False, "reasons": ["dev 20 % < 31 % (p = 0.001)"]}
+
+
+def state_of(paths, name="train_00"):
+    return json.loads(paths.progress_state.read_text())["stages"][name]["state"]
+
+
+def test_a_failed_gate_is_published_and_stays_failed(paths):
+    run_refine(paths)
+    with pytest.raises(GateError, match=r"dev 20 % < 31 %.*\n.*--allow-regression") as error:
+        run_train(paths, gate=FAILED)
+    assert error.value.exit_code == 3
+    assert read_record(paths.trained_00 / "stage.json")["gate"] == FAILED
+    assert state_of(paths) == "gate"
+    assert run_train(paths) == 3 and state_of(paths) == "gate"
+    assert run_train(paths, allow_regression=True) == 0
+
+
+def test_a_failed_gate_is_not_built_on(paths):
+    run_refine(paths)
+    with pytest.raises(GateError):
+        run_train(paths, gate=FAILED)
+    with pytest.raises(GateError, match="the gate of train_00_plain_text failed.*--allow-regression"):
+        with score(paths).work():
+            raise AssertionError("not reached")
+    assert not paths.another_lora_added.exists()
+    s = score(paths, allow_regression=True)
+    with s.work() as folder:
+        (folder / "base").mkdir()
+        s.complete()
+    assert paths.another_lora_added.is_dir()
+
+
+def test_allowing_a_regression_goes_on_and_says_so(paths, capsys):
+    run_refine(paths)
+    assert run_train(paths, gate=FAILED, allow_regression=True) is None
+    assert run_train(paths, allow_regression=True) == 0
+    assert run_train(paths) == 3
+
+
+def test_a_passed_gate(paths):
+    run_refine(paths)
+    assert run_train(paths, gate={"passed": True, "reasons": []}) is None
+    assert run_train(paths) == 0 and state_of(paths) == "complete"
+
+
+@pytest.mark.parametrize(
+    "error, state", [(Interrupted("SIGTERM"), "interrupted"), (PipelineError("why\nmore"), "failed")]
+)
+def test_the_progress_file_follows(paths, error, state):
+    run_refine(paths)
+    assert state_of(paths, "refine") == "complete"
+    s = train(paths)
+    with pytest.raises(type(error)), s.work():
+        s.tick(1, 4, "loss 2")
+        assert state_of(paths) == "running"
+        raise error
+    assert state_of(paths) == state
+    if state == "failed":
+        assert "train_00_plain_text: why" in paths.progress.read_text()
