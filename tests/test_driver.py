@@ -123,7 +123,7 @@ def test_plan_names_what_blocks(root):
 def test_plan_of_a_large_model_tells_the_room(root):
     done = drive("--plan", "--model", "medgemma-27b", "--data-dir", str(root / "data" / "sample"))
     assert "run medgemma-27b-sample" in done.stdout
-    assert "about 165 GB" in done.stdout and "48 GB" in done.stdout
+    assert "about 165 GB" in done.stdout and "80 GB" in done.stdout
 
 
 def test_status_without_a_run(root):

@@ -341,7 +341,7 @@ def test_loop_killed_before_publishing_trains_nothing_again(chain):
     records.write_json(work / ".identity.json", before["identity"])
     for made in ("stage.json", "training_info.json", "evaluation.json"):
         (work / made).unlink()
-    (work / "best").rename(work / f"best-{before['best_step']}")
+    (work / "best").rename(work / f".best-{before['best_step']}")
     shutil.rmtree(chain.loop)
     assert loop.main(LOOP) == 0
     after = records.read_json(chain.loop / "stage.json")

@@ -202,6 +202,8 @@ def test_in_every_order_the_largest_share_is_the_answers():
 class Characters:
     """A tokenizer of characters with a chat template like Gemma's."""
 
+    all_special_tokens = ("<bos>", "<start_of_turn>", "<end_of_turn>")
+
     def __init__(self, broken: bool = False) -> None:
         self.broken = broken
 
@@ -240,3 +242,9 @@ def test_no_other_module_writes_prompts_or_turn_markers():
             continue
         text = file.read_text(encoding="utf-8").replace("Meaning of word 고혈압:", "")  # the model card's example
         assert not [f for f in fixed if f in text], file.name
+
+
+@pytest.mark.parametrize("prompt, completion", [("안녕<end_of_turn>", None), ("질문", "답<bos>")])
+def test_control_tokens_typed_in_a_text_are_refused(prompt, completion):
+    with pytest.raises(PipelineError, match="control token"):
+        prompts.render(Characters(), prompt, completion)

@@ -333,11 +333,13 @@ def kill_after(step):
     return at_step
 
 
-@pytest.mark.parametrize("packed", [False, True], ids=["exchanges", "packed text"])
+@pytest.mark.parametrize(
+    "packed", [pytest.param(False, id="exchanges", marks=pytest.mark.slow), pytest.param(True, id="packed text")]
+)
 def test_an_interrupted_training_ends_with_the_same_bytes(tmp_path, packed):
     rows = pack(documents(22), 48) if packed else exchanges(22)
     plan = plan_of(rows[:22], packed, settings={"evaluations": 3}, rows_only_steps=2)
-    assert (plan.steps, plan.evaluation_steps) == (6, [2, 4, 6])
+    assert (plan.steps, plan.evaluation_steps) == (6, [2, 4, 6])  # the last batch holds two rows
     whole, _ = run(tmp_path / "whole", plan)
     with pytest.raises(Interrupted, match="step 3 of 6"):
         run(tmp_path / "stopped", plan, stop_after(3))
@@ -359,14 +361,18 @@ def test_an_interrupted_training_ends_with_the_same_bytes(tmp_path, packed):
 
 
 def test_a_training_learns_and_reports_what_it_did(tmp_path):
-    plan = plan_of(exchanges(8) * 3, settings={"evaluations": 3})
+    shown = []
+    plan = plan_of(
+        exchanges(8) * 3, settings={"evaluations": 3}, samples=lambda model: shown.append(model.eval()) or "sample"
+    )
     outcome, model = run(tmp_path, plan)
+    assert len(shown) == 3
     assert outcome.steps == 6 and [entry["step"] for entry in outcome.history] == [2, 4, 6]
     seen = losses(tmp_path, 6)
     assert len(seen) == 6 and seen[-1] < seen[0] and outcome.loss == seen[-1]
     assert outcome.trainable == modeling.trainable_parameters(model)
     assert outcome.tokens == sum(len(row["input_ids"]) for row in plan.rows)
-    assert outcome.best == tmp_path / f"best-{outcome.best_step}"
+    assert outcome.best == tmp_path / f".best-{outcome.best_step}"
     # The best adapter is whole, and reproduces the value that it was chosen for.
     modeling.load_adapter_weights(model, outcome.best)
     chosen = next(entry for entry in outcome.history if entry["step"] == outcome.best_step)
@@ -395,11 +401,6 @@ def test_gradient_checkpointing_trains_the_same(tmp_path):
     run(tmp_path / "without", plan, precision="fp32")
     run(tmp_path / "with", plan, precision="fp32", gradient_checkpointing=True)
     assert losses(tmp_path / "with", 3) == pytest.approx(losses(tmp_path / "without", 3), rel=1e-5)
-
-
-def test_the_last_batch_may_be_smaller(tmp_path):
-    outcome, _ = run(tmp_path, plan_of(exchanges(9)))
-    assert outcome.steps == 3 and len(losses(tmp_path, 3)) == 3
 
 
 @pytest.mark.parametrize("first, moved", [(3, False), (2, True)])
@@ -487,13 +488,6 @@ def test_documents_do_not_see_each_other(tmp_path, monkeypatch, precision, packe
     assert not torch.equal(logits([])[second:], logits(list(range(1, second)))[second:])
 
 
-def test_samples_are_shown_and_training_goes_on(tmp_path):
-    shown = []
-    plan = plan_of(exchanges(8), samples=lambda model: shown.append(model.eval()) or "sample")
-    outcome, _ = run(tmp_path, plan)
-    assert len(shown) == 2 and outcome.steps == 2
-
-
 # guards -------------------------------------------------------------------------------------------------
 
 
@@ -562,7 +556,7 @@ def test_the_best_adapter_is_kept_whatever_comes_later(tmp_path):
         settings={"evaluations": 4},
     )
     outcome, _ = run(tmp_path, plan)
-    assert outcome.best_step == 2 and [p.name for p in tmp_path.glob("best-*")] == ["best-2"]
+    assert outcome.best_step == 2 and [p.name for p in tmp_path.glob(".best-*")] == [".best-2"]
     assert (outcome.best / tf.ADAPTER).read_bytes() != (tmp_path / "checkpoint-4" / tf.ADAPTER).read_bytes()
 
 

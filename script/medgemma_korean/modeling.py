@@ -285,6 +285,7 @@ def _checked(model: Any) -> Any:
 def save_adapter(model: Any, folder: Path) -> None:
     """LoRA and token rows only: the resized matrix is in the base, and no checkpoint carries it again."""
     model.save_pretrained(folder, save_embedding_layers=False)
+    (folder / "README.md").unlink(missing_ok=True)  # PEFT's template; our card is beside `final`
 
 
 def load_adapter_weights(model: Any, folder: Path) -> None:

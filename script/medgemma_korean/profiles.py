@@ -204,13 +204,13 @@ MODELS: dict[str, ModelProfile] = {
             name="medgemma-4b",
             source="google/medgemma-4b-it",
             data="data",
-            hardware="one GPU with 16 GB or more",
+            hardware="one GPU with 24 GB (predicted)",
         ),
         ModelProfile(
             name="medgemma-27b",
             source="google/medgemma-27b-text-it",
             data="data",
-            hardware="one GPU with 48 GB or more",
+            hardware="one GPU with 80 GB, 64 GB of memory (predicted)",
             lora_rank=32,
             score_batch=4,
             mcq=StageSettings(

@@ -11,6 +11,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from medgemma_korean.cli import PipelineError
+
 LETTERS = "ABCDE"
 
 REASONING_STEPS = (
@@ -147,8 +149,12 @@ def render(tokenizer: Any, prompt: str, completion: str | None = None) -> tuple[
 
     The prompt part ends with the generation prompt (`<start_of_turn>model\\n`); the rest is the completion with
     `<end_of_turn>\\n`. Without a completion the ids are the evaluation prompt. Raises ValueError when the prompt
-    is not an exact token prefix of the whole, which would make training and evaluation differ.
+    is not an exact token prefix of the whole, which would make training and evaluation differ, and PipelineError
+    when a text holds a control token such as `<end_of_turn>`, which would become a real one.
     """
+    for text in (prompt, completion or ""):
+        if found := [token for token in tokenizer.all_special_tokens if token in text]:
+            raise PipelineError(f"control token {found[0]} in the text {text[:80]!r}; take it out of the data")
     user = {"role": "user", "content": prompt}
     head = tokenizer.apply_chat_template([user], add_generation_prompt=True, tokenize=False)
     head_ids = tokenizer(head, add_special_tokens=False)["input_ids"]

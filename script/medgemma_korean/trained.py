@@ -142,20 +142,24 @@ def run(
         }
         more = finish(context, folder, outcome) if finish else {}
         _finish(folder, model, tokenizer, outcome, after, context, program, stage, more)
-        stage.complete(
-            counts=context.counts,
-            steps=outcome.steps,
-            scores={"accuracy": after["mcq"]["accuracy"], "bits_per_character": after["bits_per_character"]},
-            gate=gate,
-            metric=evaluation.summary(after),
-            base_folder=os.path.relpath(link.base, stage.outputs[0]),
-            base_fingerprint=_base_fingerprint(link),
-            trainable=outcome.trainable,
-            tokens=outcome.tokens,
-            loss=outcome.loss,
-            best_step=outcome.best_step,
-            **more,
-        )
+        try:
+            stage.complete(
+                counts=context.counts,
+                steps=outcome.steps,
+                scores={"accuracy": after["mcq"]["accuracy"], "bits_per_character": after["bits_per_character"]},
+                gate=gate,
+                metric=evaluation.summary(after),
+                base_folder=os.path.relpath(link.base, stage.outputs[0]),
+                base_fingerprint=_base_fingerprint(link),
+                trainable=outcome.trainable,
+                tokens=outcome.tokens,
+                loss=outcome.loss,
+                best_step=outcome.best_step,
+                **more,
+            )
+        finally:  # published, even where the gate failed
+            for best in stage.outputs[0].glob(".best-*"):
+                shutil.rmtree(best)
     return 0
 
 
@@ -205,7 +209,7 @@ def _samples(model: Any, tokenizer: Any, paths: RunPaths) -> list[dict[str, str]
 
 
 def _finish(folder, model, tokenizer, outcome, after, context: Context, program: str, stage: Stage, more: dict) -> None:
-    """`final/`, `training_info.json`, `evaluation.json` and the model card; the working copies of the best go."""
+    """`final/`, `training_info.json`, `evaluation.json` and the model card."""
     final = folder / "final"
     if final.exists():
         shutil.rmtree(final)
@@ -214,8 +218,6 @@ def _finish(folder, model, tokenizer, outcome, after, context: Context, program:
     model.peft_config["default"].base_model_name_or_path = os.path.relpath(context.link.base, target / "final")
     modeling.save_adapter(model, final)
     tokenizer.save_pretrained(final)
-    for best in folder.glob("best-*"):
-        shutil.rmtree(best)
     records.write_json(folder / "evaluation.json", after)
     info = {
         "script": program,

@@ -344,7 +344,7 @@ def train(
                 history = [e["evaluation"] for e in state.log_history if "evaluation" in e]
                 state.log_history.append({"step": step, "evaluation": entry})
                 if _better(entry, history, plan):
-                    _save_adapter(model, folder / f"best-{step}")
+                    _save_adapter(model, folder / f".best-{step}")
                 if step in plan.keep:
                     _save_adapter(model, folder / plan.keep[step])
                 log.info("step %d of %d: %s", step, plan.steps, _line(entry))
@@ -381,8 +381,8 @@ def train(
             mark_checkpoint(folder / f"checkpoint-{state.global_step}")
             history = [e["evaluation"] for e in state.log_history if "evaluation" in e]
             if history:
-                keep = f"best-{best_of(history, plan)['step']}"
-                for old in folder.glob("best-*"):
+                keep = f".best-{best_of(history, plan)['step']}"
+                for old in folder.glob(".best-*"):
                     if old.name != keep and int(old.name.split("-")[1]) <= state.global_step:
                         shutil.rmtree(old)
 
@@ -489,7 +489,7 @@ def train(
     return Outcome(
         steps=steps,
         best_step=best["step"],
-        best=folder / f"best-{best['step']}",
+        best=folder / f".best-{best['step']}",
         history=history,
         loss=sum(tail) / len(tail),
         trainable=trainable,

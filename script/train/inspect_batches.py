@@ -158,7 +158,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"--- document {number}: {len(ids)} tokens, {supervised} supervised")
         print(painted(tokenizer, segments(ids, labels, tokenizer.pad_token_id), colour))
         prompt = None if plan.packed else evaluation_prompt(tokenizer, ids, labels)
-        if prompt and is_mcq(tokenizer.decode(prompt)):
+        # The user turn's content begins after the line "<bos><start_of_turn>user".
+        if prompt and prompts.is_mcq(tokenizer.decode(prompt).partition("\n")[2]):
             print(f"--- its evaluation prompt, the row's first {len(prompt)} tokens\n{tokenizer.decode(prompt)}")
     problems = problems_of(plan, tokenizer) + problems_of_batch(batch, shown, tokenizer.pad_token_id)
     tokens = sum(len(row["input_ids"]) for row in plan.rows)
