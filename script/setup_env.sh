@@ -73,7 +73,9 @@ make_venv() {
 # Through uv where it can be had (seconds instead of minutes), else through pip. Takes what both understand.
 install() {
   if "$python" -m uv --version > /dev/null 2>&1; then
-    "$python" -m uv pip install --python "$python" "$@" && return
+    # Compiled once, as pip does: where nothing may write bytecode, each program would compile torch's sources anew
+    # (on two cores 14 s instead of 7 s before a training begins).
+    "$python" -m uv pip install --compile-bytecode --python "$python" "$@" && return
     say "uv could not install; trying pip, which may know another index"
   fi
   "$python" -m pip install "$@"

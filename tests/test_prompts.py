@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from medgemma_korean import mcq, prompts
+from medgemma_korean.cli import PipelineError
 from medgemma_korean.text.clean import normalise_line
 
 SAMPLE = Path(__file__).resolve().parents[1] / "data" / "sample" / "01_raw" / "02_kor_med_test" / "train.jsonl"
