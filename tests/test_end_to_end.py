@@ -148,7 +148,7 @@ def test_log_is_short_and_clean(finished):
     root, _ = finished
     text = (root / "logs" / "pipeline_tiny.log").read_text()
     assert "\x1b" not in text and "it/s]" not in text and "Warning" not in text
-    assert text.count("\n") < 600
+    assert text.count("\n") < 300
 
 
 def test_stderr_is_quiet(finished):

@@ -214,7 +214,8 @@ h1{font-size:1.5rem}h2{font-size:1.15rem;margin-top:2rem}
 .wide{overflow-x:auto}table{border-collapse:collapse;font-variant-numeric:tabular-nums}
 td,th{padding:.3rem .7rem;border-bottom:1px solid #ccc;text-align:right;white-space:nowrap}
 td:first-child,th:first-child{text-align:left}
-.answer td{white-space:pre-wrap;text-align:left;vertical-align:top}
+.answer td,.answer th{white-space:pre-wrap;text-align:left;vertical-align:top}
+.answer td{min-width:9rem;overflow-wrap:anywhere}
 .bar{display:flex;align-items:center;gap:.6rem;margin:.2rem 0}.bar i{display:block;height:.9rem;background:#3b6ea5}
 .bar span:first-child{width:5rem}
 """
@@ -285,12 +286,13 @@ def _bars(values: dict[str, float]) -> str:
 
 
 def _samples(found: dict[str, dict[str, Any]]) -> str:
-    body = [
-        [name, sample["prompt"], sample["answer"]]
-        for name, evaluation in found.items()
-        for sample in evaluation.get("samples", [])
-    ]
-    return _table(["stage", "prompt", "answer"], body, "answer") if body else "<p>none</p>"
+    stages = [name for name, evaluation in found.items() if evaluation.get("samples")]
+    answers: dict[str, dict[str, str]] = {}
+    for name in stages:
+        for sample in found[name]["samples"]:
+            answers.setdefault(sample["prompt"], {})[name] = sample["answer"]
+    body = [[prompt, *[by_stage.get(name, "") for name in stages]] for prompt, by_stage in answers.items()]
+    return _table(["prompt", *stages], body, "answer") if body else "<p>none</p>"
 
 
 def _data(paths: RunPaths) -> str:

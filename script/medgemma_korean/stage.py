@@ -217,8 +217,10 @@ class Stage:
     def already_complete(self) -> int | None:
         """0 when this stage is complete with the same fingerprint (3 if its gate failed), None when it must run.
 
-        Raises PipelineError when a complete or begun result differs and `force` was not given.
+        Raises PipelineError when an input is absent or incomplete, or when a complete result differs and `force`
+        was not given.
         """
+        self.identity()
         record = read_record(self.record_path)
         if record is None:
             return None

@@ -464,8 +464,8 @@ def train(
     assert model.config.use_cache is False
     trainable = modeling.trainable_parameters(model)
     log.info(
-        "%s: %d steps of %d rows, %s LoRA and %s token-row parameters train, learning rate %g (rows %g), scale %g",
-        program, plan.steps, settings.batch, f"{trainable['lora']:,}", f"{trainable['rows']:,}",
+        "%d steps of %d rows, %s LoRA and %s token-row parameters train, learning rate %g (rows %g), scale %g",
+        plan.steps, settings.batch, f"{trainable['lora']:,}", f"{trainable['rows']:,}",
         settings.learning_rate, settings.row_learning_rate, profile.lora_scale,
     )  # fmt: skip
 
@@ -532,5 +532,5 @@ def _line(entry: dict[str, Any]) -> str:
     )
 
 
-def _shortened(text: str, limit: int = 1200) -> str:
+def _shortened(text: str, limit: int = 600) -> str:
     return text if len(text) <= limit else f"{text[: limit // 2]}\n[…]\n{text[-limit // 2 :]}"
