@@ -183,7 +183,7 @@ stage() {  # NAME PROGRAM [ARGUMENT...]: run one stage, unless it is skipped or 
   case $code in
     0) note "$stage" complete ;;
     3) note "$stage" gate; finish 3 "stopped at $stage by its gate" ;;
-    137) note "$stage" failed; finish 137 "stopped at $stage: its process was killed, perhaps for lack of memory" ;;
+    137) note "$stage" failed; finish 2 "stopped at $stage: its process was killed, perhaps for lack of memory" ;;
     130) note "$stage" interrupted; finish 130 "interrupted in $stage; the same command continues" ;;
     *) note "$stage" failed; finish "$code" "stopped at $stage (exit code $code)" ;;
   esac

@@ -2,6 +2,7 @@
 
 import itertools
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -203,7 +204,10 @@ def test_in_every_order_the_largest_share_is_the_answers():
 class Characters:
     """A tokenizer of characters with a chat template like Gemma's."""
 
-    all_special_tokens = ("<bos>", "<start_of_turn>", "<end_of_turn>")
+    added_tokens_decoder = {
+        i: SimpleNamespace(content=token, special=True)
+        for i, token in enumerate(("<bos>", "<start_of_turn>", "<end_of_turn>"))
+    }
 
     def __init__(self, broken: bool = False) -> None:
         self.broken = broken

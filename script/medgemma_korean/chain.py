@@ -26,8 +26,13 @@ class Link:
     fingerprint: str
     warnings: list[str] = field(default_factory=list)
 
-    def input(self, paths: RunPaths) -> Input:
-        return Input(self.role, self.folder, self.folder / RECORD_NAME, repair(paths, self.role))
+    def inputs(self, paths: RunPaths) -> list[Input]:
+        """What a stage that starts here reads: this folder, and the one that holds its base."""
+        found = [Input(self.role, self.folder, self.folder / RECORD_NAME, repair(paths, self.role))]
+        home = self.base.parent
+        if home != self.folder:
+            found.append(Input("base", home, home / RECORD_NAME, repair(paths, home.parent.name)))
+        return found
 
     @property
     def start(self) -> Path:
@@ -61,6 +66,12 @@ def nearest(paths: RunPaths, stage: str) -> Link:
         if read_record(paths.model_folder(kind) / RECORD_NAME) is not None:
             link = of_folder(paths, paths.model_folder(kind), kind)
             for skipped in kinds[:i]:
+                begun = paths.model_folder(skipped).with_name(f".{paths.name}.partial")
+                if begun.exists():
+                    raise PipelineError(
+                        f"{show(begun)}: {skipped} was begun and is not finished; run: {repair(paths, skipped)}, "
+                        "or remove that folder to do without it"
+                    )
                 link.warnings.append(f"{skipped} was skipped; {stage} starts from {kind}")
                 log.warning(link.warnings[-1])
             return link

@@ -164,6 +164,7 @@ def start_logging(paths: RunPaths, program: str) -> None:
 
 # signals ------------------------------------------------------------------------------------------------
 
+MEMORY_ADVICE = "try a smaller --micro-batch or --max-length; script/model/check_gpu_memory.py says what fits"
 SIGNAL_ECHO = 2.0  # seconds
 _stop_requested: list[str] = []
 _stopped_at: list[float] = []
@@ -212,7 +213,7 @@ def run(main: Callable[[], int | None]) -> int:
         _say(f"interrupted ({error or 'SIGINT'}); run the same command again to continue")
         return EXIT_INTERRUPTED
     except MemoryError:
-        _say("error: out of memory; give --batch-size a smaller value or use a machine with more memory")
+        _say(f"error: out of memory; {MEMORY_ADVICE}")
         return EXIT_INPUT
     except BrokenPipeError:  # before OSError, which it is one of: `program | head` is no fault
         return EXIT_DONE
@@ -225,7 +226,10 @@ def run(main: Callable[[], int | None]) -> int:
             _say(traceback.format_exc())
             return EXIT_BUG
         return EXIT_INPUT
-    except Exception:
+    except Exception as error:
+        if type(error).__name__ == "OutOfMemoryError":  # torch's, by name: it is not imported here
+            _say(f"error: out of GPU memory ({str(error).splitlines()[0]}); {MEMORY_ADVICE}")
+            return EXIT_INPUT
         _say(traceback.format_exc() + "this is a bug; please report it with the lines above")
         return EXIT_BUG
 

@@ -184,6 +184,8 @@ def score_letters(
     import torch
 
     ids = letter_ids(tokenizer)
+    # The model under PEFT's wrapper: a trainer leaves its autocast on the wrapper's forward.
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
     encoded = [prompts.render(tokenizer, prompts.mcq_direct(item))[0] for item in items]
     order = sorted(range(len(items)), key=lambda i: (len(encoded[i]), i))
     device = next(model.parameters()).device
@@ -193,7 +195,7 @@ def score_letters(
         for start in range(0, len(order), batch):
             chosen = order[start : start + batch]
             inputs = _left_padded([encoded[i] for i in chosen], tokenizer.pad_token_id, device)
-            logits = model(**inputs, logits_to_keep=1, use_cache=False).logits[:, -1]
+            logits = base(**inputs, logits_to_keep=1, use_cache=False).logits[:, -1]
             log_probs = torch.log_softmax(logits.float(), dim=-1).cpu()
             for row, i in enumerate(chosen):
                 letters = prompts.letters_of(items[i])

@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     import torch
 
 CPU_THREADS = 2  # pinned: the number of threads changes the order of sums, and with it the last bits of a result
-ADAPTER_TOKENIZER = "tokenizer_sha256"  # key of base_info.json: the tokenizer a base or adapter belongs to
 
 
 def set_up_torch(seed: int) -> None:
@@ -30,9 +29,9 @@ def set_up_torch(seed: int) -> None:
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
-    torch.set_num_threads(min(CPU_THREADS, os.cpu_count() or 1))
     set_seed(seed)
     if not torch.cuda.is_available():
+        torch.set_num_threads(min(CPU_THREADS, os.cpu_count() or 1))
         torch.use_deterministic_algorithms(True, warn_only=True)
 
 
@@ -48,6 +47,8 @@ def pick_device(wanted: str | None) -> str:
         raise PipelineError(f"--device {wanted}: not a device; use cuda:0 or cpu") from None
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise PipelineError(f"--device {wanted}: this machine has {torch.cuda.device_count()} CUDA devices")
+    if device.type == "cuda" and device.index:
+        raise PipelineError(f"--device {wanted}: choose the card with CUDA_VISIBLE_DEVICES={device.index} instead")
     if device.type not in ("cpu", "cuda"):
         raise PipelineError(f"--device {wanted}: 8-bit training runs on cuda or cpu")
     return wanted
@@ -158,9 +159,7 @@ def _require_all_weights(folder: Path, info: dict[str, Any]) -> None:
         raise PipelineError(
             f"{folder}: {len(missing)} weights are missing, first {missing[0]}; the model would be random"
         )
-    foreign = [
-        k for k in info["unexpected_keys"] if not k.startswith(("vision_tower", "multi_modal_projector", "model."))
-    ]
+    foreign = [k for k in info["unexpected_keys"] if "vision_tower" not in k and "multi_modal_projector" not in k]
     if foreign:
         log.warning("%s: weights that the text model does not use: %s", folder, ", ".join(foreign[:3]))
 

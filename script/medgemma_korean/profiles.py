@@ -90,6 +90,7 @@ class ModelProfile:
         default_factory=lambda: StageSettings(
             epochs=1,
             max_length=2048,
+            max_rows=50_000,  # 100 M tokens, the size of a pilot; more is a matter of --epochs and of memory
             batch=32,  # 32 x 2,048 = 64k tokens a step
             micro_batch=2,
             learning_rate=1e-4,

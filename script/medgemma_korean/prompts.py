@@ -153,7 +153,8 @@ def render(tokenizer: Any, prompt: str, completion: str | None = None) -> tuple[
     when a text holds a control token such as `<end_of_turn>`, which would become a real one.
     """
     for text in (prompt, completion or ""):
-        if found := [token for token in tokenizer.all_special_tokens if token in text]:
+        known = tokenizer.added_tokens_decoder.values() if "<" in text else ()
+        if found := [token.content for token in known if token.special and token.content in text]:
             raise PipelineError(f"control token {found[0]} in the text {text[:80]!r}; take it out of the data")
     user = {"role": "user", "content": prompt}
     head = tokenizer.apply_chat_template([user], add_generation_prompt=True, tokenize=False)

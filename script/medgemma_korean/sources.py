@@ -23,7 +23,6 @@ class Source:
     size: str = ""
 
 
-NON_COMMERCIAL = "cc-by-nc"
 HAI_DEF = "Health AI Developer Foundations terms"
 
 SOURCES: tuple[Source, ...] = (
@@ -305,8 +304,3 @@ SOURCES: tuple[Source, ...] = (
 )
 
 BY_KEY = {source.key: source for source in SOURCES}
-
-
-def raw_licences(keys: list[str]) -> list[tuple[str, str]]:
-    """(key, licence) of the named sources; a folder that the catalogue does not know is its owner's to clear."""
-    return [(key, BY_KEY[key].licence if key in BY_KEY else "not in the catalogue; check it yourself") for key in keys]

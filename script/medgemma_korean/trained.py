@@ -37,6 +37,7 @@ def make_parser(doc: str) -> argparse.ArgumentParser:
     parser.add_argument("--output", metavar="P", help="folder to write (default: the stage's own)")
     parser.add_argument("--learning-rate", type=cli.positive_float, metavar="X", help="of LoRA")
     parser.add_argument("--batch-size", type=cli.positive_int, metavar="N", help="rows an optimizer step")
+    parser.add_argument("--micro-batch", type=cli.positive_int, metavar="N", help="rows a forward pass; less memory")
     parser.add_argument("--max-length", type=cli.positive_int, metavar="N", help="tokens a row")
     parser.add_argument("--precision", choices=("auto", "8bit", "nf4", "bf16", "fp32"), default="auto")
     parser.add_argument("--show-samples-every", type=cli.positive_int, metavar="N", help="steps between looks")
@@ -91,7 +92,7 @@ def run(
         program,
         paths,
         outputs=[Path(args.output).resolve() if args.output else output(paths)],
-        inputs=[link.input(paths), *data(paths)],
+        inputs=[*link.inputs(paths), *data(paths)],
         settings={
             **dataclasses.asdict(settings),
             "precision": precision,
@@ -168,6 +169,7 @@ def _settings(args: argparse.Namespace, settings: StageSettings) -> StageSetting
         "epochs": args.epochs,
         "learning_rate": args.learning_rate,
         "batch": args.batch_size,
+        "micro_batch": args.micro_batch,
         "max_length": args.max_length,
         "max_steps": args.max_steps,
         "look_every": args.show_samples_every,
@@ -175,8 +177,9 @@ def _settings(args: argparse.Namespace, settings: StageSettings) -> StageSetting
     changed = {k: v for k, v in values.items() if v is not None}
     if changed:
         log.info("overridden: %s", ", ".join(f"{k} = {v}" for k, v in changed.items()))
-    if args.batch_size and args.batch_size % settings.micro_batch:
-        changed["micro_batch"] = next(n for n in range(settings.micro_batch, 0, -1) if args.batch_size % n == 0)
+    batch, micro = changed.get("batch", settings.batch), changed.get("micro_batch", settings.micro_batch)
+    if batch % micro:  # the nearest smaller one that divides the batch
+        changed["micro_batch"] = next(n for n in range(min(micro, batch), 0, -1) if batch % n == 0)
     return profiles.with_overrides(settings, **changed)
 
 

@@ -121,6 +121,17 @@ def mixed(main: list[Row], replay: list[Row], share: float, seed: int) -> list[R
     return [row for *_, row in sorted(keyed, key=lambda entry: entry[:2])]
 
 
+def read_texts(file: Path, characters: int | None, seed: int) -> list[str]:
+    """The texts of a JSONL file; of a file that holds more than `characters`, a seeded share of about that many.
+
+    The share is taken from the file's size, so that one pass suffices and only what is used is held in memory.
+    """
+    # Hangul takes three bytes of UTF-8, Latin and the JSON around it one.
+    share = 1.0 if characters is None else min(1.0, characters / (file.stat().st_size / 3))
+    rng = random.Random(seed)
+    return [row["text"] for row in records.read_jsonl(file) if share == 1.0 or rng.random() < share]
+
+
 def sample(rows: list[Any], limit: int | None, seed: int) -> list[Any]:
     """At most `limit` rows, drawn with a seed and kept in their order: never simply the first ones."""
     if limit is None or limit >= len(rows):
@@ -271,8 +282,6 @@ class Plan:
     evaluate: Callable[[Any], dict[str, Any]]
     rows_only_steps: int = 0
     seed: int = 17
-    samples: Callable[[Any], str] | None = None
-    describe: dict[str, Any] = field(default_factory=dict)
     keep: dict[int, str] = field(default_factory=dict)
     stop: Callable[[list[dict[str, Any]]], str | None] | None = None
 
@@ -349,9 +358,6 @@ def train(
                     _save_adapter(model, folder / plan.keep[step])
                 log.info("step %d of %d: %s", step, plan.steps, _line(entry))
                 progress.event(paths, program, event="evaluation", **entry)
-                if plan.samples:
-                    log.info("sample: %s", plan.samples(model))
-                    model.train()
                 control.should_save = True
                 if plan.ended([*history, entry]):
                     control.should_training_stop = True
@@ -442,6 +448,8 @@ def train(
         save_only_model=False,
         enable_jit_checkpoint=False,
     )
+    config._n_gpu = 1  # one process, one GPU: with a second one visible the library would double every batch
+    assert config.train_batch_size == settings.micro_batch
     import os
 
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(folder / "runs")

@@ -85,6 +85,7 @@ def second(args: argparse.Namespace, profile: ModelProfile, paths: RunPaths, sta
             log.info("nothing was trained yet; the fresh adapter goes on the unmerged base")
             merged, deltas = modeling.load_text_model(link.base, profile.dtype), info["deltas"]
         else:
+            assert link.fingerprint not in info["deltas"], "this adapter is in its base already"
             merged = modeling.merge(link.base, link.adapter, profile)
             deltas = [*info["deltas"], link.fingerprint]
         tokenizer = tokenizers.load(link.base)
@@ -151,7 +152,7 @@ def main(argv: list[str] | None = None) -> int:
     link = None
     if args.second:
         link = chain.nearest(paths, "add_lora_second")
-        inputs = [link.input(paths)]
+        inputs = link.inputs(paths)
     else:
         download = paths.command("download/download_model")
         tokenizer = paths.command("model/prepare_tokenizer")

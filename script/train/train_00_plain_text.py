@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import sys
 
-from medgemma_korean import chain, cli, evaluation, records, trained, training
+from medgemma_korean import chain, cli, evaluation, trained, training
 from medgemma_korean.paths import RunPaths
 from medgemma_korean.stage import Input
 
@@ -27,10 +27,14 @@ def data(paths: RunPaths) -> list[Input]:
 
 def packed(context: trained.Context, folder, limit: int | None) -> list[training.Row]:
     """The packed sequences of a folder's training documents."""
-    documents = training.sample(list(records.read_jsonl(folder / "train.jsonl")), limit, context.seed)
+    settings, length = context.settings, context.settings.max_length
+    # Four characters a token is more than any text here has, so the cap of rows can always be filled.
+    characters = settings.max_rows * length * 4 * settings.epochs if settings.max_rows else None
+    documents = training.sample(
+        training.read_texts(folder / "train.jsonl", characters, context.seed), limit, context.seed
+    )
     context.counts[folder.name] = len(documents)
-    length = context.settings.max_length
-    rows = [row for d in documents for row in training.text_rows(context.tokenizer, d["text"], length)]
+    rows = [row for text in documents for row in training.text_rows(context.tokenizer, text, length)]
     return training.pack(rows, length)
 
 
@@ -61,17 +65,19 @@ def build(context: trained.Context) -> training.Plan:
         }
         return {"korean_bits": bits["korean"], "english_bits": bits["english"]}
 
-    trains_rows = settings.row_learning_rate > 0
-    return training.Plan(
+    plan = training.Plan(
         rows=rows,
         settings=settings,
         packed=True,
         metric="korean_bits",
         larger=False,
         evaluate=look,
-        rows_only_steps=len(head) // settings.batch if trains_rows else 0,
         seed=context.seed,
     )
+    if settings.row_learning_rate > 0:
+        # At most their share of the steps, so that a trial with --max-steps trains LoRA too.
+        plan.rows_only_steps = min(len(head) // settings.batch, round(first * plan.steps))
+    return plan
 
 
 def main(argv: list[str] | None = None) -> int:
