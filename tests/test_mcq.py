@@ -149,7 +149,7 @@ def test_read_real_items():
 ITEM = {"A": "협심증", "B": "심근경색", "C": "Chronic bronchitis", "D": "E. coli 감염", "E": "B 세포 림프종"}
 FOUR = {"A": "협심증", "B": "심근경색", "C": "폐렴", "D": "천식"}
 
-# The whole table of shared/reference/evaluation.md, section 5.
+# Output -> letter, or None where no single answer is named.
 ANSWERS_B = [
     *("B", " B\n", "b", "B.", "**B**"),
     *("(B)", "（Ｂ）", "Ｂ"),

@@ -136,7 +136,10 @@ def test_the_page(paths):
     assert report.NOT_A_DEVICE in text and "02 was odd" in text
     assert "train_01: FAILED (dev accuracy fell <far>)" in text and "train_00: passed" in text
     samples = next(table for table in page.tables if table[0][0] == "prompt")
-    assert samples[1:] == [[n, f"{n}: <b>A & B?</b>", f'{n} "답"<end_of_turn>'] for n in NAMES]
+    assert samples[0] == ["prompt", *NAMES]
+    for name, row in zip(NAMES, samples[1:], strict=True):  # each stage was asked another prompt here
+        answers = [f'{n} "답"<end_of_turn>' if n == name else "" for n in NAMES]
+        assert row == [f"{name}: <b>A & B?</b>", *answers]
     data = next(table for table in page.tables if table[0] == ["program", "count", "number"])
     assert data[1:] == [["refine_00", "kept", "1,234"], ["refine_00", "dropped / short", "2"]]
     for name, evaluation in report.evaluations(paths).items():

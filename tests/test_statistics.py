@@ -9,7 +9,7 @@ import pytest
 from medgemma_korean.statistics import Z_95, discordant, majority_baseline, mcnemar, wilson
 
 
-# Reference values: statsmodels 0.15.0 (shared/reference/evaluation.md, section 4).
+# Reference values: statsmodels 0.15.0.
 @pytest.mark.parametrize(
     ("k", "n", "lower", "upper"),
     [

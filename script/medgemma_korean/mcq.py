@@ -193,7 +193,7 @@ _STARTS_HANGUL = re.compile(rf"""["'“‘(\[<]{{0,2}}[{_HANGUL}]""")
 
 
 def extract_answer(output: str, item: Mapping[str, Any] | None = None, letters: str = LETTERS) -> Extraction:
-    """The option letter that a model's output answers, by the rules of `reference/evaluation.md`, section 5.
+    """The option letter that a model's output answers, by the rules below.
 
     In order: cut at the end of the turn; read only what follows closed reasoning; unify digits, widths and markup;
     take a marked answer (`정답: B`, `B가 정답`); else the first line must be the bare letter, or the letter and its
@@ -416,7 +416,7 @@ _PERCENT = r"\d+(?:\.\d+)?\s?%"
 
 
 def format_score(text: str) -> float:
-    """How much of the reasoning format an output has, 0..1 in tenths (`reference/evaluation.md`, section 6).
+    """How much of the reasoning format an output has, 0..1 in tenths.
 
     Ten checks of equal weight: both reasoning tags; each of `첫째:` `둘째:` `셋째:` `넷째:` followed by three or
     more words; each of `A)`..`E)` followed by three or more words and a percentage. Option heads and percentages
@@ -444,7 +444,7 @@ def _words(text: str) -> int:
 def combined_score(text: str, gold: str) -> float:
     """Answer and format in one number: 2/3 + f/3 when the extracted letter is `gold`, else f/4, f = `format_score`.
 
-    Source: `reference/evaluation.md`, section 6. An unparsed answer counts as wrong.
+    An unparsed answer counts as wrong.
     """
     form = format_score(text)
     return 2 / 3 + form / 3 if extract_answer(text).letter == gold else form / 4
