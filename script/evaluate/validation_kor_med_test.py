@@ -131,6 +131,7 @@ def score(
             predictions = evaluation.generate_letters(
                 model, tokenizer, items, profile.score_batch, args.max_new_tokens, tick
             )
+        del model  # room for the next
         assert len(predictions) == len(items), "items were lost"
         result = {
             "which": candidate.name,

@@ -81,6 +81,7 @@ def main(argv: list[str] | None = None) -> int:
     ):
         log.info("%s: %s", candidate.name, show(candidate.adapter or candidate.base))
         models[candidate.name] = measured(model, tokenizer, texts, profile.score_window, profile.score_batch)
+        del model  # room for the next
 
     result = {
         "precision": precision,

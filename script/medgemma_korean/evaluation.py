@@ -132,7 +132,10 @@ def _name_of(paths: RunPaths, folder: Path) -> str:
 def loaded(
     found: Sequence[Candidate], profile: ModelProfile, device: str, precision: str
 ) -> Iterator[tuple[Candidate, Any, Any]]:
-    """(candidate, model, tokenizer) one after another, all in the same precision; each makes room for the next."""
+    """(candidate, model, tokenizer) one after another, all in the same precision.
+
+    Whoever takes a model drops it (`del model`) before asking for the next, or both are in memory.
+    """
     for candidate in found:
         model, tokenizer = _load(candidate, profile, device, precision)
         yield candidate, model, tokenizer
