@@ -181,8 +181,8 @@ MODELS: dict[str, ModelProfile] = {
                 max_rows=1000,
                 batch=16,
                 micro_batch=8,
-                learning_rate=1.5e-3,
-                row_learning_rate=1e-3,
+                learning_rate=5e-4,  # more, and its few answers forget the letters of the exam
+                row_learning_rate=5e-4,
                 replay=0.25,
                 evaluations=2,
             ),
