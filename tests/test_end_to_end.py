@@ -18,21 +18,11 @@ from pathlib import Path
 
 import pytest
 
+from medgemma_korean.paths import DRIVER_STAGES
+
 REPOSITORY = Path(__file__).resolve().parents[1]
 REAL_DATA = REPOSITORY.parent / "shared" / "real_data"
 DRIVER = REPOSITORY / "run_full_pipeline.sh"
-STAGES = (
-    "download",
-    "refine",
-    "prepare_tokenizer",
-    "add_lora",
-    "train_00",
-    "train_01",
-    "add_lora_second",
-    "train_02",
-    "report",
-)
-
 pytestmark = pytest.mark.slow
 
 
@@ -77,7 +67,7 @@ def test_ends_with_the_table_and_names_the_report(finished):
 def test_every_stage_is_complete_in_the_progress_file(finished):
     root, _ = finished
     text = (root / "logs" / "progress_tiny.txt").read_text()
-    for stage in STAGES:
+    for stage in DRIVER_STAGES:
         assert re.search(rf"^{stage} +complete +100 %", text, re.MULTILINE), text
 
 

@@ -187,8 +187,7 @@ def score_letters(
     import torch
 
     ids = letter_ids(tokenizer)
-    # The model under PEFT's wrapper: a trainer leaves its autocast on the wrapper's forward.
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = _unwrapped(model)
     encoded = [prompts.render(tokenizer, prompts.mcq_direct(item))[0] for item in items]
     order = sorted(range(len(items)), key=lambda i: (len(encoded[i]), i))
     device = next(model.parameters()).device
@@ -283,6 +282,11 @@ def generate_letters(
 # bits per character -------------------------------------------------------------------------------------
 
 
+def _unwrapped(model: Any) -> Any:
+    """The model under PEFT's wrapper, adapter included: a trainer leaves its autocast on the wrapper's forward."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
 def bits_per_character(model: Any, tokenizer: Any, texts: Sequence[str], window: int, batch: int) -> float:
     """Negative log2-likelihood of the texts over their number of characters; comparable across tokenizers.
 
@@ -309,7 +313,7 @@ def _window_losses(model: Any, tokenizer: Any, pieces: list[tuple[list[int], int
     from torch.nn.functional import cross_entropy
 
     device = next(model.parameters()).device
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = _unwrapped(model)
     head = base.get_output_embeddings()
     order = sorted(range(len(pieces)), key=lambda i: (len(pieces[i][0]), i))
     losses = [0.0] * len(pieces)
@@ -435,6 +439,16 @@ def completion_loss(model: Any, rows: Sequence[Mapping[str, list[int]]], tokeniz
         pieces.append((row["input_ids"], max(start, 1)))
     tokens = sum(len(ids) - start for ids, start in pieces)
     return sum(_window_losses(model, tokenizer, pieces, batch)) / tokens
+
+
+def text_look(
+    model: Any, tokenizer: Any, texts: Mapping[str, Sequence[str]], profile: ModelProfile
+) -> dict[str, float]:
+    """One look at the held-out text while training: {"korean_bits", "english_bits"}, bits per character."""
+    return {
+        f"{name}_bits": bits_per_character(model, tokenizer, texts[name], profile.score_window, profile.score_batch)
+        for name in ("korean", "english")
+    }
 
 
 def dev_look(

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import random
 import shutil
 from collections.abc import Callable, Sequence
@@ -350,7 +351,7 @@ def train(
             if step in looks:
                 entry = {"step": step, **plan.evaluate(model)}
                 model.train()
-                history = [e["evaluation"] for e in state.log_history if "evaluation" in e]
+                history = _evaluations(state.log_history)
                 state.log_history.append({"step": step, "evaluation": entry})
                 if _better(entry, history, plan):
                     _save_adapter(model, folder / f".best-{step}")
@@ -385,7 +386,7 @@ def train(
 
         def on_save(self, args, state, control, **_):
             mark_checkpoint(folder / f"checkpoint-{state.global_step}")
-            history = [e["evaluation"] for e in state.log_history if "evaluation" in e]
+            history = _evaluations(state.log_history)
             if history:
                 keep = f".best-{best_of(history, plan)['step']}"
                 for old in folder.glob(".best-*"):
@@ -450,8 +451,6 @@ def train(
     )
     config._n_gpu = 1  # one process, one GPU: with a second one visible the library would double every batch
     assert config.train_batch_size == settings.micro_batch
-    import os
-
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(folder / "runs")
     exact = {name: p.detach().float() for name, p in model.named_parameters() if p.requires_grad}
     trainer = Trainer(

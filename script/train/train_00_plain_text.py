@@ -56,22 +56,13 @@ def build(context: trained.Context) -> training.Plan:
     context.counts |= {"rows": len(rows), "korean_sequences": len(korean)}
     texts = evaluation.held_out_texts(paths, context.profile)
 
-    def look(model) -> dict:
-        bits = {
-            name: evaluation.bits_per_character(
-                model, context.tokenizer, texts[name], context.profile.score_window, context.profile.score_batch
-            )
-            for name in ("korean", "english")
-        }
-        return {"korean_bits": bits["korean"], "english_bits": bits["english"]}
-
     plan = training.Plan(
         rows=rows,
         settings=settings,
         packed=True,
         metric="korean_bits",
         larger=False,
-        evaluate=look,
+        evaluate=lambda model: evaluation.text_look(model, context.tokenizer, texts, context.profile),
         seed=context.seed,
     )
     if settings.row_learning_rate > 0:

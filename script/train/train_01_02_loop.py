@@ -143,11 +143,7 @@ def build(context: trained.Context) -> training.Plan:
     def look(model) -> dict[str, Any]:
         found = evaluation.dev_look(model, tokenizer, dev, profile.score_batch, histogram=True)
         found["train_loss"] = evaluation.dev_look(model, tokenizer, known, profile.score_batch)["loss"]
-        for name in ("korean", "english"):
-            found[f"{name}_bits"] = evaluation.bits_per_character(
-                model, tokenizer, texts[name], profile.score_window, profile.score_batch
-            )
-        return found
+        return found | evaluation.text_look(model, tokenizer, texts, profile)
 
     return training.Plan(
         rows=rows,

@@ -77,15 +77,9 @@ def build(context: trained.Context) -> training.Plan:
     items = evaluation.dev_items(paths, context.args.eval_samples)
 
     def look(model) -> dict:
-        bits = {
-            f"{name}_bits": evaluation.bits_per_character(
-                model, tokenizer, texts[name], profile.score_window, profile.score_batch
-            )
-            for name in ("korean", "english")
-        }
         dev = evaluation.dev_look(model, tokenizer, items, profile.score_batch)
         loss = evaluation.completion_loss(model, validation, tokenizer, profile.score_batch)
-        return {**dev, "loss": loss, **bits}
+        return {**dev, "loss": loss, **evaluation.text_look(model, tokenizer, texts, profile)}
 
     return training.Plan(
         rows=mixed, settings=settings, packed=False, metric="loss", larger=False, evaluate=look, seed=context.seed
