@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 
 from medgemma_korean import dictionary, records
-from medgemma_korean.cli import PipelineError
 from medgemma_korean.dictionary import Entry, clean_definition, clean_term, count_symbols, merge, reversible
 
 NOISY = Path(__file__).resolve().parents[1].parent / "shared" / "real_data" / "noisy_dictionary_terms.txt"
@@ -177,49 +176,6 @@ def test_reversible_names_exactly_one_term():
         {"term": "폐", "definition": "Lung"},
     ]
     assert [r["term"] for r in reversible(rows)] == ["간", "폐"]
-
-
-# the five files -----------------------------------------------------------------------------------------
-
-
-def test_reading_the_five_files(root):
-    folder = root / "data/sample/01_raw/01_medical_dict"
-    assert dictionary.missing_files(folder) == []
-    read = {m.name: list(dictionary.read_manual_file(folder, m)) for m in dictionary.MANUAL_FILES}
-    assert {k: len(v) for k, v in read.items()} == {
-        "korean_medical_dict.jsonl": 100, "bilingual_medical_dict_ko_en.json": 40, "bilingual_medical_dict.json": 50,
-        "bilingual_medical_dict_categorized.json": 40, "korean_animal_medical_dict.jsonl": 30,
-    }  # fmt: skip
-    for name, (term, definition) in {
-        "bilingual_medical_dict.json": ("고혈압", "Hypertension"),  # {english: korean}
-        "bilingual_medical_dict_ko_en.json": ("고혈압", "Hypertension"),  # {korean: english}
-        "bilingual_medical_dict_categorized.json": ("넙다리뼈", "Femur"),
-    }.items():
-        assert (read[name][0].term, read[name][0].definition) == (term, definition)
-    assert {e.category for e in read["korean_animal_medical_dict.jsonl"]} == {"veterinary"}
-    (folder / "bilingual_medical_dict.json").unlink()
-    assert dictionary.missing_files(folder) == ["bilingual_medical_dict.json"]
-
-
-@pytest.mark.parametrize(
-    "name, content, parts",
-    [
-        ("korean_medical_dict.jsonl", '{"term": "간"}\n', ["entry 1", '"definition"']),
-        ("korean_medical_dict.jsonl", '{"term": "간", "definition": null}\n', ["entry 1"]),
-        ("bilingual_medical_dict.json", "[]", ["expected one JSON object", "list"]),
-        ("bilingual_medical_dict.json", '{"Liver": ["간"]}', ["'Liver'", "list"]),
-        ("bilingual_medical_dict_categorized.json", "[1]", ["expected one JSON object"]),
-        ("bilingual_medical_dict_categorized.json", '{"Liver": "간"}', ["category 'Liver'"]),
-        ("bilingual_medical_dict_ko_en.json", '{"간": \n}', ["line 2"]),
-    ],
-)
-def test_a_malformed_file_names_itself(tmp_path, name, content, parts):
-    (tmp_path / name).write_text(content, encoding="utf-8")
-    (manual,) = [m for m in dictionary.MANUAL_FILES if m.name == name]
-    with pytest.raises(PipelineError) as error:
-        list(dictionary.read_manual_file(tmp_path, manual))
-    for part in (name, *parts):
-        assert part in str(error.value)
 
 
 # symbols ------------------------------------------------------------------------------------------------

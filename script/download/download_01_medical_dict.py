@@ -1,7 +1,7 @@
-"""Check the five dictionary files that a person brings; everything missing or malformed is listed at once.
+"""Check the five dictionary files that a person brings; everything missing or wrong is listed at once.
 
 Reads   data/01_raw/01_medical_dict/ (MANUAL_DATA.md says where people get the files)
-Writes  nothing but its record
+Writes  the files that StarDict dictionaries lying there become, once all five are in order; its record
 
     python script/download/download_01_medical_dict.py --model medgemma-4b
 """
@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import sys
 
-from medgemma_korean import cli
+from medgemma_korean import cli, stardict
 from medgemma_korean.cli import PipelineError, log
-from medgemma_korean.dictionary import MANUAL_FILES, missing_files, read_manual_file
-from medgemma_korean.paths import show
+from medgemma_korean.dictionary_check import check_files
+from medgemma_korean.dictionary_files import MANUAL_FILES
 from medgemma_korean.stage import Input, Stage
 
-FORMAT = 1
+FORMAT = 2
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -24,28 +24,22 @@ def main(argv: list[str] | None = None) -> int:
     _, paths = cli.resolve(args)
     cli.start_logging(paths, "download_01_medical_dict")
     folder = paths.raw_dictionary
-    problems = [f"{show(folder / name)} is missing" for name in missing_files(folder)]
-    counts = {}
-    for manual in MANUAL_FILES:
-        if not (folder / manual.name).is_file():
-            continue
-        try:
-            counts[manual.name] = sum(1 for _ in read_manual_file(folder, manual))
-            if not counts[manual.name]:
-                problems.append(f"{show(folder / manual.name)} has no entries")
-        except PipelineError as error:
-            problems.append(str(error))
-    if problems:
+    conversions, unusable = stardict.convert(folder)
+    checked = check_files(folder, {conversion.name: conversion.data for conversion in conversions})
+    if unusable or checked.errors:
+        lines = unusable + checked.errors + [f"(a warning) {text}" for text in checked.warnings]
         raise PipelineError(
             "the medical dictionary is not ready:\n  "
-            + "\n  ".join(problems)
+            + "\n  ".join(lines)
             + "\nMANUAL_DATA.md says where these files come from and how they look; --skip-01 runs without them."
         )
+    stardict.publish(folder, conversions)
+    files = [folder / manual.name for manual in MANUAL_FILES]
     stage = Stage(
         "download_01_medical_dict",
         paths,
-        outputs=[folder],
-        inputs=[Input("dictionary files", folder)],
+        outputs=files,
+        inputs=[Input(f"dictionary files: {file.name}", file) for file in files],
         settings={},
         format=FORMAT,
         force=args.force,
@@ -53,9 +47,13 @@ def main(argv: list[str] | None = None) -> int:
     if (code := stage.already_complete()) is not None:
         return code
     with stage.work():
-        for name, number in counts.items():
+        for name, number in checked.counts.items():
             log.info("%s: %d entries", name, number)
-        stage.complete(counts=counts)
+        for text in checked.warnings:
+            log.warning("warning: %s", text)
+        stage.warnings += checked.warnings
+        made = {mark["file"]: source for source, mark in stardict.made_before(folder).items()}
+        stage.complete(counts=checked.counts, converted=made)
     return 0
 
 

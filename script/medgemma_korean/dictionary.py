@@ -1,41 +1,19 @@
-"""The medical dictionary: five manual files, cleaned terms, several senses kept, and the symbol table."""
+"""The medical dictionary: cleaned terms, several senses kept, and the symbol table (`dictionary_files` reads)."""
 
 from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from medgemma_korean import records
-from medgemma_korean.cli import PipelineError
 from medgemma_korean.text.clean import normalise_line
 
 DETAIL = re.compile(r"(?:^|\s*\n)\s*세부설명\s*:\s*")
 SYMBOLS = Path(__file__).with_name("symbols.json")
-
-
-@dataclass(frozen=True)
-class ManualFile:
-    """One of the five files a person brings. shape: "lines", "flat" or "categories"; reversed: keys are English."""
-
-    name: str
-    shape: str
-    source: str
-    category: str = "human"
-    reversed: bool = False
-
-
-# In order of trust: this order joins the senses of a term.
-MANUAL_FILES = (
-    ManualFile("korean_medical_dict.jsonl", "lines", "korean_medical_dict"),
-    ManualFile("bilingual_medical_dict_ko_en.json", "flat", "bilingual_ko_en"),
-    ManualFile("bilingual_medical_dict.json", "flat", "bilingual_en_ko", reversed=True),
-    ManualFile("bilingual_medical_dict_categorized.json", "categories", "bilingual_categorized", reversed=True),
-    ManualFile("korean_animal_medical_dict.jsonl", "lines", "korean_animal_medical_dict", category="veterinary"),
-)
 
 
 @dataclass
@@ -69,36 +47,6 @@ class Merged:
             "source": self.sources,
             "category": self.categories,
         }
-
-
-def read_manual_file(folder: Path, manual: ManualFile) -> Iterator[Entry]:
-    """Entries of one manual file. Raises PipelineError naming file, line or key, and what is wrong."""
-    path = folder / manual.name
-    if manual.shape == "lines":
-        for number, row in enumerate(records.read_jsonl(path), 1):
-            where = f"{path}, entry {number}"
-            if not isinstance(row.get("term"), str) or not isinstance(row.get("definition"), str):
-                raise PipelineError(f'{where}: needs the texts "term" and "definition", found {sorted(row)}')
-            yield Entry(row["term"], row["definition"], manual.source, manual.category, where)
-        return
-    whole = records.read_json(path)
-    groups = whole if manual.shape == "categories" else {"": whole}
-    if not isinstance(whole, dict):
-        raise PipelineError(f"{path}: expected one JSON object, found {type(whole).__name__}")
-    for group, pairs in groups.items():
-        if not isinstance(pairs, dict):
-            raise PipelineError(f"{path}, category {group!r}: expected an object of terms")
-        for key, value in pairs.items():
-            where = f"{path}, {key!r}"
-            if not isinstance(value, str):
-                raise PipelineError(f"{where}: expected a text, found {type(value).__name__}")
-            # Both directions are wanted as Korean term -> English equivalent; the reverse prompt asks the other way.
-            term, definition = (value, key) if manual.reversed else (key, value)
-            yield Entry(term, definition, manual.source, manual.category, where)
-
-
-def missing_files(folder: Path) -> list[str]:
-    return [manual.name for manual in MANUAL_FILES if not (folder / manual.name).is_file()]
 
 
 # cleaning -----------------------------------------------------------------------------------------------
