@@ -27,7 +27,7 @@ from medgemma_korean.stage import Input, Stage
 FORMAT = 1
 BATCH = 500  # documents cleaned together; bounds memory, not the result
 # Cleanest first: of two equal documents the one from the earlier source is kept.
-PRIORITY = ("wikipedia-korean", "namu_wiki", "c4_korean")
+PRIORITY = ("wikipedia_ko_2024", "wikipedia-korean", "namuwiki_extracted", "namu_wiki", "aihub", "c4_korean")
 
 
 def sources_of(folder: Path) -> list[Path]:
@@ -167,7 +167,8 @@ def refine(folder: Path, out: Path, language: str, indexes: tuple, args, profile
     """One language end to end; writes train and validation. Raises PipelineError when either would be empty."""
     held_out, train_items, _ = indexes
     refiner = Refiner(language, held_out, train_items)
-    sources = sources_of(folder)
+    # Folders below the replay are the published layout of one source.
+    sources = sources_of(folder) if language == "ko" else [folder]
     for i, source in enumerate(sources):
         done = 10 * i
         refiner.read(source, lambda n, done=done: stage.tick(done, 10 * len(sources), f"{n:,} documents"))

@@ -21,6 +21,7 @@ CLEAN_VERSION: int = 1
 SOURCE_RULES: dict[str, str] = {
     "namu_wiki": "namumark",
     "wikipedia-korean": "wikitext",
+    "wikipedia_ko_2024": "wikitext",
     "00_english_replay": "wikitext",
 }
 _RULES = ("namumark", "wikitext", "web")
