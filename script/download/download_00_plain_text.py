@@ -1,26 +1,57 @@
 """Get Korean plain text and the English replay slice, or check what is already there.
 
-Reads   hub: NamuWiki, Korean Wikipedia, C4 Korean, one shard of English Wikipedia
-Writes  data/01_raw/00_korean/<source>/, data/01_raw/00_english_replay/
+Reads   hub: NamuWiki, Korean Wikipedia, C4 Korean (up to --max-gb), one shard of English Wikipedia
+Writes  data/01_raw/00_korean/<source>/, data/01_raw/00_english_replay/, as published
 
     python script/download/download_00_plain_text.py --model medgemma-4b
+    python script/download/download_00_plain_text.py --model medgemma-4b --source wikipedia-korean
 
-A data folder that holds Korean text already is used as it is; every source there must have readable rows.
+A data folder in which a person has put Korean text is used as it is; --source adds to it.
 """
 
 from __future__ import annotations
 
+import argparse
 import sys
 from itertools import islice
 from pathlib import Path
 
-from medgemma_korean import cli, records
+from medgemma_korean import cli, hub, records
 from medgemma_korean.cli import PipelineError, log
-from medgemma_korean.paths import show
-from medgemma_korean.sources import SOURCES
+from medgemma_korean.paths import RunPaths, show
+from medgemma_korean.sources import BY_KEY, SOURCES, Source
 from medgemma_korean.stage import Input, Stage
 
 FORMAT = 1
+KNOWN = [s.key for s in SOURCES if s.stage == "00" and s.place == "hub"]
+
+
+def of_a_person(paths: RunPaths) -> list[Path]:
+    """What lies in 00_korean without a pin of ours: text that somebody put there. AI Hub's folder does not count."""
+    if not paths.raw_korean.is_dir():
+        return []
+    ours = {BY_KEY[key].folder for key in KNOWN if hub.pin(paths, BY_KEY[key]).is_file()} | {BY_KEY["aihub"].folder}
+    folders = [p for p in sorted(paths.raw_korean.iterdir()) if not p.name.startswith(".")]
+    return [p for p in folders if str(p.relative_to(paths.raw)) not in ours and records.row_files(p)]
+
+
+def chosen(args: argparse.Namespace, paths: RunPaths) -> list[Source]:
+    """The sources to have: those named, else those begun, else the default ones where nobody put text of their own."""
+    named = getattr(args, "source", None) or []
+    if unknown := [key for key in named if key not in KNOWN]:
+        raise PipelineError(f"--source {', '.join(unknown)}: unknown; known are {', '.join(KNOWN)}")
+    begun = [key for key in KNOWN if hub.pin(paths, BY_KEY[key]).is_file()]
+    if not named and not of_a_person(paths):
+        named = [key for key in KNOWN if BY_KEY[key].default]
+    return [BY_KEY[key] for key in KNOWN if key in {*named, *begun}]
+
+
+def wanted(args: argparse.Namespace, paths: RunPaths) -> list[hub.Want]:
+    again = [o for key in getattr(args, "source", None) or [] for o in ("--source", key)]
+    return [
+        hub.want(paths, source, paths.raw / source.folder, "download_00_plain_text", *again)
+        for source in chosen(args, paths)
+    ]
 
 
 def check_source(folder: Path) -> int:
@@ -38,25 +69,24 @@ def check_source(folder: Path) -> int:
     return len(files)
 
 
+def make_parser() -> argparse.ArgumentParser:
+    parser = cli.make_parser(__doc__)
+    parser.add_argument("--source", action="append", metavar="KEY", help=f"one of {', '.join(KNOWN)}; may be repeated")
+    hub.add_options(parser, max_gb=True)
+    return parser
+
+
 def main(argv: list[str] | None = None) -> int:
-    args = cli.make_parser(__doc__).parse_args(argv)
+    args = make_parser().parse_args(argv)
     _, paths = cli.resolve(args)
     cli.start_logging(paths, "download_00_plain_text")
-    origins = {}
-    # Written before the first download and removed after the last: without it a run that broke off after one source
-    # would pass for a data folder that a person filled.
-    begun = paths.record("download_00_plain_text").with_suffix(".begun")
-    if begun.is_file() or not records.row_files(paths.raw_korean):
-        from medgemma_korean import hub
-
-        origins = records.read_json(begun) if begun.is_file() else {}
-        records.write_json(begun, origins)
-        again = paths.command("download/download_00_plain_text")
-        for source in (s for s in SOURCES if s.stage == "00"):
-            if not (paths.raw / source.folder).exists():
-                origins[source.key] = hub.fetch(source, paths.raw / source.folder, repo_type="dataset", what=again)
-                records.write_json(begun, origins)
-        begun.unlink()
+    origins, changed = hub.ensure(wanted(args, paths), args, paths, "download_00_plain_text")
+    for folder in (*of_a_person(paths), paths.raw / BY_KEY["aihub"].folder):
+        if folder.exists():
+            known = BY_KEY.get(folder.name)
+            licence = known.licence if known else "as its owner says"
+            origins[folder.name] = {"origin": "brought by hand", "licence": licence}
+            log.info("%s: text that was put there is used as it is; --source fetches more", show(folder))
     stage = Stage(
         "download_00_plain_text",
         paths,
@@ -64,13 +94,14 @@ def main(argv: list[str] | None = None) -> int:
         inputs=[Input("Korean text", paths.raw_korean), Input("English replay", paths.raw_english)],
         settings={},
         format=FORMAT,
-        force=args.force,
+        force=args.force or changed,
     )
     if (code := stage.already_complete()) is not None:
         return code
     with stage.work():
         counts = {}
-        for folder in (*sorted(p for p in paths.raw_korean.iterdir() if p.is_dir()), paths.raw_english):
+        korean = sorted(p for p in paths.raw_korean.iterdir() if p.is_dir() and not p.name.startswith("."))
+        for folder in (*korean, paths.raw_english):
             counts[folder.name] = check_source(folder)
             log.info("%s: %s", show(folder), cli.count(counts[folder.name], "readable file"))
         if not paths.raw_english.is_relative_to(paths.raw):

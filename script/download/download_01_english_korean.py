@@ -1,37 +1,130 @@
 """Get Korean-English sentence pairs, or check what is already there.
 
-Reads   hub: Tatoeba pairs
-Writes  data/01_raw/03_korean_english/<source>/
+Reads   OPUS Tatoeba (a zip of two aligned files); with --source other sets of pairs of the catalogue
+Writes  data/01_raw/03_korean_english/<source>/train.jsonl : {"en", "ko"}; the archive in data/01_raw/.published/
 
     python script/download/download_01_english_korean.py --model medgemma-4b
 """
 
 from __future__ import annotations
 
+import argparse
 import sys
+import tarfile
+import zipfile
+import zlib
+from collections.abc import Iterator
 from itertools import islice
+from pathlib import Path
 
-from medgemma_korean import cli, records
+from medgemma_korean import cli, hub, records
 from medgemma_korean.cli import PipelineError, log
-from medgemma_korean.paths import show
-from medgemma_korean.sources import BY_KEY
+from medgemma_korean.paths import RunPaths, show
+from medgemma_korean.sources import BY_KEY, SOURCES
 from medgemma_korean.stage import Input, Stage
 
 FORMAT = 1
+KNOWN = [s.key for s in SOURCES if s.kind == "translation" and s.stage == "01" and s.place != "manual"]
 COLUMNS = (("en", "english"), ("ko", "non_english"))  # ours, then the hub set's
 
 
+def published(paths: RunPaths, key: str) -> Path:
+    """Where an archive stays as it was published; readers of 01_raw do not look there."""
+    return paths.raw / ".published" / key
+
+
+def wanted(args: argparse.Namespace, paths: RunPaths) -> list[hub.Want]:
+    """The named sources, else those begun, else the default one where nobody put pairs of their own."""
+    named = getattr(args, "source", None) or []
+    if unknown := [key for key in named if key not in KNOWN]:
+        raise PipelineError(f"--source {', '.join(unknown)}: unknown; known are {', '.join(KNOWN)}")
+    begun = [key for key in KNOWN if hub.pin(paths, BY_KEY[key]).is_file()]
+    if not named and not begun and not (paths.raw_pairs.exists() and records.row_files(paths.raw_pairs)):
+        named = [key for key in KNOWN if BY_KEY[key].default]
+    again = [o for key in getattr(args, "source", None) or [] for o in ("--source", key)]
+    return [
+        hub.want(
+            paths,
+            BY_KEY[key],
+            # Hub shards are rows already; archives are kept as published and unpacked.
+            published(paths, key) if BY_KEY[key].place == "url" else paths.raw / BY_KEY[key].folder,
+            "download_01_english_korean",
+            *again,
+        )
+        for key in KNOWN
+        if key in {*named, *begun}
+    ]
+
+
+def read_members(archive: Path) -> Iterator[tuple[str, bytes]]:
+    """(name, bytes) of the files in a zip or tar.gz. Raises PipelineError for a damaged one."""
+    try:
+        if zipfile.is_zipfile(archive):
+            with zipfile.ZipFile(archive) as file:
+                for name in file.namelist():
+                    yield name, file.read(name)
+        else:
+            with tarfile.open(archive) as file:
+                for member in file:
+                    if member.isfile():
+                        yield member.name, file.extractfile(member).read()
+    except (zipfile.BadZipFile, tarfile.TarError, EOFError, zlib.error, NotImplementedError) as error:
+        raise PipelineError(f"{show(archive)}: damaged archive ({error}); add --force to fetch it again") from None
+
+
+def aligned(archive: Path) -> tuple[list[str], list[str]]:
+    """The English and the Korean lines of an archive of two files, aligned by line.
+
+    Raises PipelineError when there is not one file of each language, when it is not UTF-8, or when the numbers of
+    lines differ.
+    """
+    sides: dict[str, list[str]] = {}
+    names = []
+    for name, content in read_members(archive):
+        names.append(name)
+        language = name.rpartition(".")[2]
+        if language in ("en", "ko") and not name.rpartition("/")[2].startswith("."):  # "._x.en": what macOS adds
+            if language in sides:
+                raise PipelineError(f"{show(archive)}: two files end in .{language}; expected one")
+            try:
+                # Not splitlines(): it breaks at form feeds and U+2028, and the other side would not follow.
+                sides[language] = content.decode("utf-8-sig").removesuffix("\n").split("\n")
+            except UnicodeDecodeError as error:
+                line = content.count(b"\n", 0, error.start) + 1
+                raise PipelineError(f"{show(archive)}, {name}, line {line}: not UTF-8") from None
+    if sides.keys() != {"en", "ko"}:
+        raise PipelineError(f"{show(archive)}: needs a file ending in .en and one in .ko; it holds {', '.join(names)}")
+    if len(sides["en"]) != len(sides["ko"]):
+        raise PipelineError(
+            f"{show(archive)}: {len(sides['en']):,} English and {len(sides['ko']):,} Korean lines; they are not aligned"
+        )
+    return sides["en"], sides["ko"]
+
+
+def unpack(archive: Path, target: Path) -> int:
+    """Write the pairs of an archive as `target`/train.jsonl; returns how many."""
+    pairs = ({"en": en.strip(), "ko": ko.strip()} for en, ko in zip(*aligned(archive), strict=True))
+    return records.write_jsonl(target / "train.jsonl", (p for p in pairs if p["en"] and p["ko"]))
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = cli.make_parser(__doc__)
+    parser.add_argument("--source", action="append", metavar="KEY", help=f"one of {', '.join(KNOWN)}; may be repeated")
+    hub.add_options(parser)
+    return parser
+
+
 def main(argv: list[str] | None = None) -> int:
-    args = cli.make_parser(__doc__).parse_args(argv)
+    args = make_parser().parse_args(argv)
     _, paths = cli.resolve(args)
     cli.start_logging(paths, "download_01_english_korean")
-    origins = {}
-    if not records.row_files(paths.raw_pairs):
-        from medgemma_korean import hub
-
-        source = BY_KEY["opus_tatoeba_ko_en"]
-        again = paths.command("download/download_01_english_korean")
-        origins[source.key] = hub.fetch(source, paths.raw / source.folder, repo_type="dataset", what=again)
+    wants = wanted(args, paths)
+    origins, changed = hub.ensure(wants, args, paths, "download_01_english_korean")
+    for want in (w for w in wants if w.source.place == "url"):
+        target = paths.raw / want.source.folder
+        if changed or not (target / "train.jsonl").is_file():
+            (archive,) = (p for p in want.target.iterdir() if not p.name.startswith("."))
+            log.info("%s: %s", show(target), cli.count(unpack(archive, target), "pair"))
     stage = Stage(
         "download_01_english_korean",
         paths,
@@ -39,7 +132,7 @@ def main(argv: list[str] | None = None) -> int:
         inputs=[Input("sentence pairs", paths.raw_pairs)],
         settings={},
         format=FORMAT,
-        force=args.force,
+        force=args.force or changed,
     )
     if (code := stage.already_complete()) is not None:
         return code

@@ -246,6 +246,15 @@ def count(number: int, noun: str) -> str:
     return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
+def size_text(number: float) -> str:
+    """Bytes for people, in powers of ten as disks and lines are sold: `8.5 GB`, `12 MB`, `340 B`."""
+    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if number >= factor:
+            value = number / factor
+            return f"{value:.1f} {unit}" if value < 100 else f"{value:,.0f} {unit}"
+    return f"{number:.0f} B"
+
+
 def table(rows: list[list[str]], header: list[str]) -> str:
     """Left-aligned first column, right-aligned others, widths counted in terminal cells (Hangul is two wide)."""
     from unicodedata import east_asian_width

@@ -1,71 +1,579 @@
-"""Downloads from the Hugging Face hub, with every failure in words.
+"""What is fetched, from where, and in words why it cannot be: pinned revisions, one summary, every failure explained.
 
-A download goes into a hidden neighbour and is renamed when it is whole.
+A source's revision and file list are resolved once and kept as its pin (`01_raw/.stages/origins/<key>.json`), which
+later runs reuse until `--update`. Files go into a hidden neighbour of their folder, which is renamed when it is whole.
+
+    origins, changed = hub.ensure([hub.want(paths, source, folder, "download_00_plain_text")], args, paths, program)
 """
 
 from __future__ import annotations
 
+import argparse
+import contextlib
+import datetime
+import fcntl
+import hashlib
 import os
 import shutil
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
-from medgemma_korean.cli import PipelineError, log
-from medgemma_korean.paths import show
+from medgemma_korean import cli, progress, records, sources
+from medgemma_korean.cli import PipelineError, log, size_text
+from medgemma_korean.paths import RunPaths, show
 from medgemma_korean.sources import Source
+from medgemma_korean.transfer import Altered, File, Transfer, finished, patiently, reason
+
+RESERVE = 200e6  # bytes of the disk that a download leaves free, for records and logs
+MAX_GB = 3.0  # of a source that is taken in part: as much as Korean Wikipedia and NamuWiki, raw
+API_TIMEOUT = 30  # seconds without an answer from the hub's API
+CONNECTIONS = 4  # files at once; one connection rarely fills a line
+# Another address for the hosts of sources that are no hub repositories (OPUS, GitHub): a mirror, with the same paths.
+MIRROR_VARIABLE = "MEDGEMMA_KOREAN_URL_MIRROR"
+
+_fetched: list[int] = []
+_shown: set[tuple[str, int]] = set()
+_resolved: set[Path] = set()  # pins that this process has asked the hub for
 
 
-def fetch(source: Source, target: Path, *, repo_type: str, what: str) -> dict[str, Any]:
-    """Download a source's files to `target`; returns {"id", "revision", "licence", "files"}.
+class Unreachable(PipelineError):
+    """No connection at all; asking for the next source is pointless."""
 
-    Raises PipelineError for a gated or missing repository, no connection, or no file that matches.
+
+@dataclass(frozen=True)
+class Want:
+    """A source and where it goes. pin: where its revision and file list are kept. again: the command that repeats it.
+
+    into: a folder to fill that somebody else publishes; by default a hidden neighbour of target, renamed at the end.
     """
-    os.environ.setdefault("HF_HUB_DISABLE_XET", "1")
-    from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        LocalEntryNotFoundError,
-        OfflineModeIsEnabled,
-        RepositoryNotFoundError,
+
+    source: Source
+    target: Path
+    pin: Path
+    again: str
+    into: Path | None = None
+
+    @property
+    def partial(self) -> Path:
+        return self.into or self.target.with_name(f".{self.target.name}.partial")
+
+
+@dataclass
+class Plan:
+    """What one want needs: origin as in the pin (None for a folder that a person filled), missing file names."""
+
+    want: Want
+    origin: dict[str, Any] | None
+    missing: list[str] = field(default_factory=list)
+    rebuild: bool = False  # the folder is not there yet, or holds another selection or other content
+    changed: bool = False  # --update or --max-gb brought another list than before
+
+    @property
+    def files(self) -> dict[str, dict[str, Any]]:
+        return self.origin["files"] if self.origin else {}
+
+    @property
+    def size(self) -> int:
+        return sum(f["size"] for f in self.files.values())
+
+    @property
+    def needed(self) -> int:
+        """Bytes that are still to be fetched, parts that are there deducted."""
+        return sum(max(f.size - _size(f.part(self.want.partial)), 0) for f in map(self.file, self.missing))
+
+    def file(self, name: str) -> File:
+        entry, source = self.files[name], self.want.source
+        known = {k: entry[k] for k in ("sha256", "git") if entry.get(k)}
+        if source.place == "url":
+            # Should the file change between two attempts, If-Range has it sent whole instead of a piece of another.
+            headers = {"Accept-Encoding": "identity"} | ({"If-Range": entry["etag"]} if entry.get("etag") else {})
+            return File(name, entry["size"], entry["url"], headers, **known)
+        from huggingface_hub import hf_hub_url
+        from huggingface_hub.utils import build_hf_headers
+
+        headers = build_hf_headers() | {"Accept-Encoding": "identity"}
+        url = hf_hub_url(source.id, name, repo_type=repo_type(source), revision=self.origin["revision"])
+        return File(name, entry["size"], url, headers, **known)
+
+
+def repo_type(source: Source) -> str:
+    return "model" if source.kind == "model" else "dataset"
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.is_file() else 0
+
+
+def page(source: Source) -> str:
+    """The address where a person reads about the source and accepts its terms."""
+    if source.place != "hub":
+        return source.id
+    from huggingface_hub import constants
+
+    return f"{constants.ENDPOINT}/{'' if source.kind == 'model' else 'datasets/'}{source.id}"
+
+
+def add_options(parser: argparse.ArgumentParser, max_gb: bool = False) -> None:
+    """The options that the download programs share."""
+    parser.add_argument(
+        "--update", action="store_true", help="take the newest published revision instead of the pinned"
+    )
+    parser.add_argument(
+        "--connections", type=cli.positive_int, default=CONNECTIONS, metavar="N", help="files at once (default: 4)"
+    )
+    if max_gb:
+        parser.add_argument(
+            "--max-gb",
+            type=cli.positive_float,
+            metavar="X",
+            help=f"of each plain-text source at most X GB, in whole files (default: {MAX_GB:g})",
+        )
+
+
+def shared_options(args: argparse.Namespace, max_gb: bool = False) -> list[str]:
+    """These options of a parsed command line, to hand to another program."""
+    argv = ["--connections", str(args.connections)] + (["--update"] if args.update else [])
+    return argv + (["--max-gb", str(args.max_gb)] if max_gb and args.max_gb else [])
+
+
+# before -------------------------------------------------------------------------------------------------
+
+
+def pin(paths: RunPaths, source: Source) -> Path:
+    """Where a source's revision and file list are kept, beside the stage records of the data folder."""
+    return paths.raw / ".stages" / "origins" / f"{source.key}.json"
+
+
+def want(paths: RunPaths, source: Source, target: Path, program: str, *options: str) -> Want:
+    """A want of a data program; the options are those that repeat it."""
+    return Want(source, target, pin(paths, source), paths.command(f"download/{program}", *options))
+
+
+def ensure(
+    wanted: list[Want], args: argparse.Namespace, paths: RunPaths, program: str
+) -> tuple[dict[str, dict[str, Any]], bool]:
+    """Survey and fetch; returns origins by key for the stage record, and whether --update or --max-gb changed any."""
+    plans = survey(wanted, args)
+    origins = {plan.want.source.key: fetch(plan, args, paths, program) for plan in plans}
+    return origins, any(plan.changed for plan in plans)
+
+
+def survey(wanted: list[Want], args: argparse.Namespace) -> list[Plan]:
+    """Ask the hub what is not pinned, say in one table what will be fetched, and refuse before a byte is.
+
+    Raises PipelineError with all problems at once: terms not accepted, renamed repositories, no space.
+    """
+    plans, problems = [], []
+    for want in wanted:
+        try:
+            plans.append(_plan(want, args))
+        except Unreachable:
+            raise
+        except PipelineError as error:
+            problems.append(str(error))
+    _show_summary(plans)
+    problems += _space_problems(plans)
+    if problems:
+        raise PipelineError("\n".join(problems))
+    return plans
+
+
+def _plan(want: Want, args: argparse.Namespace) -> Plan:
+    known = records.read_json(want.pin) if want.pin.is_file() else None
+    if known is None and want.into is None and want.target.exists():
+        return Plan(want, None)
+    asked = getattr(args, "max_gb", None)
+    most = asked or (known or {}).get("max_gb") or MAX_GB
+    if known is None or (args.update and want.pin not in _resolved) or (asked and known["max_gb"] != asked):
+        revision = known["revision"] if known and not args.update else want.source.revision
+        with in_words(want):
+            found = resolve(want, revision, most)
+        if known is None or _announced(known) != _announced(found):
+            found["pending"] = True
+            _forget_changed(want, known, found)
+        elif known.get("pending"):
+            found["pending"] = True
+        _resolved.add(want.pin)
+        records.write_json(want.pin, found)
+        known = found
+    plan = Plan(want, known, changed=bool(known.get("pending")) and want.target.is_dir())
+    published = want.target.is_dir() and (want.into is None or (want.target / "stage.json").is_file())
+    # An altered file in place is the stage record's to find; --force fetches it again.
+    if published and not plan.changed and not args.force and all((want.target / name).is_file() for name in plan.files):
+        return plan
+    plan.missing = [
+        name
+        for name, entry in plan.files.items()
+        if not _same(want.partial / name, entry) and not _same(want.target / name, entry, hashed=True)
+    ]
+    plan.rebuild = not published or plan.changed or bool(plan.missing)
+    return plan
+
+
+def _announced(origin: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The files as the hub lists them, without the sha256 that was computed here."""
+    own = {name for name, entry in origin["files"].items() if "git" in entry or "url" in entry}
+    return {
+        name: {k: v for k, v in entry.items() if k != "sha256" or name not in own}
+        for name, entry in origin["files"].items()
+    }
+
+
+def _forget_changed(want: Want, known: dict[str, Any] | None, found: dict[str, Any]) -> None:
+    """Remove fetched files of a broken-off download that the new revision holds with other content."""
+    new = _announced(found)
+    for name, entry in (_announced(known) if known else {}).items():
+        if new.get(name) != entry:
+            (want.partial / name).unlink(missing_ok=True)
+
+
+def _same(path: Path, entry: dict[str, Any], hashed: bool = False) -> bool:
+    if _size(path) != entry["size"] or not path.is_file():
+        return False
+    if not hashed:
+        return True
+    if entry.get("sha256"):
+        return records.sha256_once(path) == entry["sha256"]
+    if entry.get("git"):
+        return hashlib.sha1(b"blob %d\0" % entry["size"] + path.read_bytes()).hexdigest() == entry["git"]
+    return True
+
+
+def resolve(want: Want, revision: str | None, max_gb: float) -> dict[str, Any]:
+    """The pin of a source: id, revision (a commit), licence, and its files with size and hash, as published now.
+
+    Raises PipelineError when no file matches, and what huggingface_hub raises.
+    """
+    source = want.source
+    found = _resolve_url(want) if source.place == "url" else _resolve_repository(want, revision)
+    chosen, total = {}, 0
+    for name, entry in sorted(found.pop("files").items()):
+        if chosen and source.kind == "plain text" and total + entry["size"] > max_gb * 1e9:
+            continue
+        total += entry["size"]
+        chosen[name] = entry
+    if source.kind == "plain text" and total > max_gb * 1e9:
+        log.warning(
+            "%s: its file of %s is more than --max-gb %g, and is fetched whole", source.key, size_text(total), max_gb
+        )
+    now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+    about = {"key": source.key, "id": source.id, "licence": source.licence, "resolved": now, "max_gb": max_gb}
+    return about | found | {"files": chosen}
+
+
+def _resolve_repository(want: Want, revision: str | None) -> dict[str, Any]:
+    from huggingface_hub import HfApi, get_session
+    from huggingface_hub.errors import EntryNotFoundError
+    from huggingface_hub.hf_api import RepoFile
+
+    source, api, kind = want.source, HfApi(), repo_type(want.source)
+
+    def ask(call: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+        def once() -> Any:
+            get_session().timeout = API_TIMEOUT  # the library's own is none, and a lost connection replaces the session
+            return call(source.id, *arguments, repo_type=kind, **options)
+
+        return patiently(once, source.id)
+
+    info = ask(api.repo_info, revision=revision)
+    gated = bool(info.gated)
+    if gated:
+        ask(api.auth_check)  # now, and not after hours of other downloads
+    entries: list[Any] = []
+    for prefix in sources.prefixes(source):
+        # Everything below a folder only where a pattern reaches deeper than it.
+        deep = any("/" in p[len(prefix) :].lstrip("/") for p in source.files if p.startswith(prefix))
+        with contextlib.suppress(EntryNotFoundError):
+            entries += ask(
+                lambda *a, **o: list(api.list_repo_tree(*a, **o)), prefix or None, recursive=deep, revision=info.sha
+            )
+    if exact := sources.exact(source):
+        entries += ask(api.get_paths_info, exact, revision=info.sha)
+    files = {}
+    for entry in entries:
+        if isinstance(entry, RepoFile) and sources.matches(source, entry.path):
+            files[entry.path] = {"size": entry.size} | (
+                {"sha256": entry.lfs.sha256} if entry.lfs else {"git": entry.blob_id}
+            )
+    if not files:
+        there = sorted(
+            e.path + ("/" if not isinstance(e, RepoFile) else "")
+            for e in ask(lambda *a, **o: list(api.list_repo_tree(*a, **o)), None, revision=info.sha)
+        )
+        raise PipelineError(
+            f"{source.id}: nothing in it is called {' or '.join(source.files[:4])}; it holds {', '.join(there[:12])}"
+            f"{' …' if len(there) > 12 else ''}. The repository has changed: see {page(source)}"
+        )
+    return {"revision": info.sha, "gated": gated, "files": files}
+
+
+def _resolve_url(want: Want) -> dict[str, Any]:
+    """The newest of a source's addresses that answers, with size and ETag; its ETag is its revision."""
+    from huggingface_hub import get_session
+    from huggingface_hub.utils import hf_raise_for_status
+
+    tried = []
+    for address in (want.source.id, *want.source.alternatives):
+        url = _mirrored(address)
+        answer = patiently(lambda u=url: _head(get_session(), u), want.source.key)
+        if answer.status_code == 404:
+            tried.append(url)
+            continue
+        hf_raise_for_status(answer)
+        if "Content-Length" not in answer.headers:
+            raise PipelineError(f"{url}: the server does not say how large the file is; fetch it by hand")
+        entry = {"size": int(answer.headers["Content-Length"]), "url": url}
+        entry |= {k: v for k in ("etag", "last-modified") if (v := answer.headers.get(k, ""))}
+        revision = (answer.headers.get("etag") or answer.headers.get("last-modified") or url).strip('W/"')
+        return {"revision": revision, "gated": False, "files": {Path(urlsplit(url).path).name: entry}}
+    raise PipelineError(
+        f"not found (404): {', '.join(tried)}; look for its new place and put the file in {show(want.target)}"
     )
 
-    page = f"the page of {source.id} on the hub"
-    again = f"then run: {what}"
-    part = target.with_name(f".{target.name}.partial")
+
+def _head(session: Any, url: str) -> Any:
+    from huggingface_hub.utils import hf_raise_for_status
+
+    answer = session.head(url, headers={"Accept-Encoding": "identity"}, timeout=API_TIMEOUT, follow_redirects=True)
+    if answer.status_code != 404:
+        hf_raise_for_status(answer)
+    return answer
+
+
+def _mirrored(url: str) -> str:
+    mirror = os.environ.get(MIRROR_VARIABLE, "").rstrip("/")
+    return mirror + urlsplit(url).path if mirror else url
+
+
+def _show_summary(plans: list[Plan]) -> None:
+    rows = []
+    for plan in plans:
+        key = (plan.want.source.key, plan.needed)
+        if not plan.missing or key in _shown:
+            continue
+        _shown.add(key)
+        source, here = plan.want.source, plan.size - plan.needed
+        terms = "terms accepted" if plan.origin["gated"] else ""
+        sizes = [size_text(plan.size), size_text(here) if here else "", size_text(plan.needed)]
+        rows.append([source.key, len(plan.files), *sizes, terms, source.licence, plan.origin["revision"][:12]])
+    if not rows:
+        return
+    log.info("%s", cli.table(rows, ["to fetch", "files", "size", "here", "needed", "gated", "licence", "revision"]))
+    for disk, (needed, free, _) in _by_disk(plans).items():
+        log.info("%s to fetch, %s free at %s", size_text(needed), size_text(free), show(disk))
+
+
+def _by_disk(plans: list[Plan]) -> dict[Path, tuple[int, int, int]]:
+    """(bytes needed, bytes free, device) by one folder a disk."""
+    disks: dict[int, tuple[Path, int, int]] = {}
+    for plan in plans:
+        if not plan.missing:
+            continue
+        folder = next(p for p in plan.want.target.parents if p.exists())
+        device = folder.stat().st_dev
+        place, needed, _ = disks.get(device, (folder, 0, 0))
+        disks[device] = (place, needed + plan.needed, shutil.disk_usage(folder).free)
+    return {place: (needed, free, device) for device, (place, needed, free) in disks.items()}
+
+
+def _space_problems(plans: list[Plan]) -> list[str]:
+    return [
+        f"{size_text(needed)} are to be fetched, and {size_text(free)} are free on the disk of {show(folder)}: "
+        "free some, use another disk (--data-dir, MEDGEMMA_KOREAN_ROOT), or take less (--max-gb)"
+        for folder, (needed, free, _) in _by_disk(plans).items()
+        if needed and needed + RESERVE > free
+    ]
+
+
+# during -------------------------------------------------------------------------------------------------
+
+
+def fetch(plan: Plan, args: argparse.Namespace, paths: RunPaths, program: str) -> dict[str, Any]:
+    """Bring a plan's folder about and return its origin for the stage record: nothing to do where it is whole.
+
+    Raises PipelineError in words for whatever a network, a hub or a disk does.
+    """
+    want = plan.want
+    if plan.origin is None:
+        return {"origin": "brought by hand", "licence": want.source.licence}
+    if plan.rebuild:
+        with _locked(want):
+            _fetch(plan, args, paths, program)
+    return plan.origin
+
+
+def _fetch(plan: Plan, args: argparse.Namespace, paths: RunPaths, program: str) -> None:
+    want, begun = plan.want, time.monotonic()
+    _drop_stale_parts(plan)
+    if want.target.is_dir():
+        _adopt(plan)
+    files = [plan.file(name) for name in plan.missing]
+    if files:
+        here = plan.size - sum(f.size for f in files)
+        transfer = Transfer(want.source.key, files, want.partial, here, args.connections)
+        try:
+            with in_words(want):
+                digests = transfer.run(
+                    lambda done, of, text: progress.update(
+                        paths, program, state="running", done=done, total=of, metric=f"{want.source.key} {text}"
+                    )
+                )
+        except BaseException as error:
+            ended = isinstance(error, (cli.Interrupted, KeyboardInterrupt))
+            progress.update(paths, program, state="interrupted" if ended else "failed")
+            raise
+        finally:
+            _fetched.append(transfer.fetched)
+        for name, digest in digests.items():
+            plan.files[name]["sha256"] = digest
+        records.write_json(want.pin, plan.origin)
+        finished(want.source.key, len(files), transfer.fetched, time.monotonic() - begun)
+    if absent := [name for name, entry in plan.files.items() if not _same(want.partial / name, entry)]:
+        raise AssertionError(f"{want.source.key}: {absent[:3]} neither fetched nor taken over")
+    if not want.into:
+        publish(want.partial, want.target)
+        settle(plan)
+
+
+def settle(plan: Plan) -> None:
+    """Note in the pin that its files are in place: until then they are still to be brought about."""
+    if plan.origin.pop("pending", None):
+        records.write_json(plan.want.pin, plan.origin)
+
+
+def publish(made: Path, target: Path) -> None:
+    """Rename a whole folder to its place; one that is there is kept, hidden from the readers of its parent."""
+    if target.exists():
+        hidden = target.with_name(f".{target.name}")
+        target.rename(hidden)
+        log.info("the old files are kept as %s", show(records.move_aside(hidden)))
+    (made / ".lock").unlink(missing_ok=True)
+    made.rename(target)
+
+
+def _drop_stale_parts(plan: Plan) -> None:
+    """Remove what belongs to no file of the pin: parts of an older revision."""
+    folder = plan.want.partial
+    expected = {plan.file(name).part(folder) for name in plan.files}
+    for part in folder.rglob(".*.part"):
+        if part not in expected:
+            part.unlink()
+
+
+def _adopt(plan: Plan) -> None:
+    """Take over the files that are in place already and are the same, without a copy where the disk can."""
+    for name, entry in plan.files.items():
+        old, new = plan.want.target / name, plan.want.partial / name
+        if not new.exists() and name not in plan.missing and _same(old, entry):
+            new.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                os.link(old, new)
+            except OSError:
+                shutil.copy2(old, new)
+
+
+@contextlib.contextmanager
+def _locked(want: Want) -> Iterator[None]:
+    """One program at a time fetches a source: two would write into one part."""
+    want.partial.mkdir(parents=True, exist_ok=True)
+    with open(want.partial / ".lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise PipelineError(
+                f"{want.source.key} is being fetched by another program; wait for it, or end it"
+            ) from None
+        yield
+        (want.partial / ".lock").unlink(missing_ok=True)
+
+
+def fetched_bytes() -> int:
+    """What this process has brought over the network."""
+    return sum(_fetched)
+
+
+def say_fetched() -> None:
+    """The last line of a download: how much came, or that nothing had to."""
+    total = fetched_bytes()
+    log.info("%s", f"fetched {size_text(total)}" if total else "fetched 0 bytes: everything was there already")
+
+
+# failures -----------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def in_words(want: Want) -> Iterator[None]:
+    """Turn what the hub and the network raise into a PipelineError with the next step."""
+    from huggingface_hub import constants
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        GatedRepoError,
+        OfflineModeIsEnabled,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    source, again = want.source, f"then run: {want.again}"
+    name, where = source.id, page(source)
     try:
-        info = HfApi().repo_info(source.id, repo_type=repo_type, revision=source.revision)
-        log.info("downloading %s (revision %s, licence %s)", source.id, info.sha[:12], source.licence)
-        snapshot_download(
-            source.id, repo_type=repo_type, revision=info.sha, allow_patterns=list(source.files), local_dir=part
-        )
-    except GatedRepoError:
+        yield
+    except OfflineModeIsEnabled:
+        raise Unreachable(
+            f"{name}: is not here yet, and HF_HUB_OFFLINE is set, so that the hub cannot be reached; unset it, {again}"
+        ) from None
+    except GatedRepoError as error:
+        login = "" if error.response.status_code == 403 else ", log in with `hf auth login`"
         raise PipelineError(
-            f"{source.id} needs its terms accepted: open {page}, accept them, log in with `hf auth login`, {again}"
+            f"{name} needs its terms accepted: open {where} with your account, accept them{login}, {again}"
+        ) from None
+    except RevisionNotFoundError:
+        raise PipelineError(
+            f"{name}: the pinned revision is no longer published; take the newest with: {want.again} --update"
         ) from None
     except RepositoryNotFoundError:
         raise PipelineError(
-            f"{source.id}: not found, or not visible without a login (`hf auth login`); check {page}, {again}"
+            f"{name}: not found; renamed, or not visible without a login (`hf auth login`). Look at {where}, {again}"
         ) from None
-    except (OfflineModeIsEnabled, LocalEntryNotFoundError) as error:
+    except EntryNotFoundError as error:
         raise PipelineError(
-            f"{source.id}: the hub cannot be reached ({type(error).__name__}); "
-            f"check the connection or HF_HUB_OFFLINE, {again}"
+            f"{name}: {getattr(error, 'file', 'a file')} is listed but not found (404); look at {where}; "
+            f"if it was renamed: {want.again} --update"
         ) from None
-    except HfHubHTTPError as error:
-        raise PipelineError(f"{source.id}: the hub answered {str(error).splitlines()[0]}; {again}") from None
+    except Altered as error:
+        raise PipelineError(
+            f"{name}: {getattr(error, 'file', 'a file')} came with other content than announced, every time ({error}); "
+            f"nothing of it is used. A proxy may alter it, or it is being replaced: later, or with the newest revision, "
+            f"run: {want.again} --update"
+        ) from None
     except Exception as error:
-        # The HTTP client's own errors (connection refused, time-outs) carry the module's name.
-        if type(error).__module__.split(".")[0] in ("httpx", "httpx2", "httpcore", "httpcore2", "requests"):
-            raise PipelineError(
-                f"{source.id}: the hub cannot be reached ({type(error).__name__}); check the connection, {again}"
+        if (response := getattr(error, "response", None)) is not None:
+            raise PipelineError(f"{name}: {_answer(response.status_code, want, constants.ENDPOINT)}") from None
+        if isinstance(error, (ConnectionError, TimeoutError)) or _is_transport(error):
+            raise Unreachable(
+                f"{name}: the hub cannot be reached ({reason(error)}); what has come is kept. "
+                f"Check the connection, {again}"
             ) from None
         raise
-    shutil.rmtree(part / ".cache", ignore_errors=True)
-    files = [p for p in part.rglob("*") if p.is_file()]
-    if not files:
-        raise PipelineError(f"{source.id}: no file matches {', '.join(source.files)}; the repository has changed")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    part.rename(target)
-    log.info("%s: %d files, %.2f GB", show(target), len(files), sum(p.stat().st_size for p in target.rglob("*")) / 1e9)
-    return {"id": source.id, "revision": info.sha, "licence": source.licence, "files": len(files)}
+
+
+def _is_transport(error: Exception) -> bool:
+    # The HTTP client's own errors (connection refused, time-outs) by their module; http_get adds a bare OSError.
+    module = type(error).__module__.split(".")[0]
+    return module.startswith(("httpx", "httpcore")) or (type(error) is OSError and error.errno is None)
+
+
+def _answer(status: int, want: Want, endpoint: str) -> str:
+    again = f"then run: {want.again}"
+    if status == 401:
+        return f"the hub refuses your token (401): `hf auth login` with a valid one (HF_TOKEN goes first), {again}"
+    if status == 403:
+        return f"your token has no access (403): open {page(want.source)}, ask for it or use another token, {again}"
+    if status == 429:
+        return f"the hub asks for patience (429), again and again; what has come is kept. Wait some minutes, {again}"
+    if status >= 500:
+        return f"{endpoint} is in trouble (HTTP {status}), again and again; what has come is kept. Later, {again}"
+    return f"the hub answered HTTP {status}; look at {page(want.source)}, {again}"

@@ -22,7 +22,7 @@ from medgemma_korean.statistics import majority_baseline, wilson
 
 # reading ------------------------------------------------------------------------------------------------
 
-EXAM_COLUMNS = ("subject", "exam_type", "exam")
+EXAM_COLUMNS = ("exam_type", "exam", "subject")  # ours first; a published subject may be finer than the exam
 KEY_COLUMNS = ("year", "period", "q_number")
 _CELL_TYPES = (str, int, float, type(None))  # a CSV reader turns an option such as "12" into a number
 

@@ -85,6 +85,17 @@ def read_parquet(path: Path, columns: list[str] | None = None) -> Iterator[dict[
         raise PipelineError(f"{path}: damaged Parquet file ({str(error).splitlines()[0]})") from None
 
 
+def parquet_rows(path: Path) -> int:
+    """How many rows a Parquet file holds, from its footer. Raises PipelineError when it is damaged."""
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        return pyarrow.parquet.read_metadata(path).num_rows
+    except (pyarrow.ArrowException, OSError) as error:
+        raise PipelineError(f"{path}: damaged Parquet file ({str(error).splitlines()[0]})") from None
+
+
 def row_files(folder: Path) -> list[Path]:
     """The row files of a folder and its sub-folders, sorted, hidden ones left out; the file itself for a file."""
     if folder.is_file():
@@ -161,6 +172,27 @@ def _sha256(file: IO[bytes]) -> str:  # Python 3.10 has no file_digest
     while block := file.read(1 << 20):
         digest.update(block)
     return digest.hexdigest()
+
+
+_known: dict[tuple[int, int, int, int], str] = {}
+
+
+def _identity(path: Path) -> tuple[int, int, int, int]:
+    stat = path.stat()
+    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns  # survives a rename
+
+
+def sha256_once(path: Path) -> str:
+    """`sha256`, read only once in a process while size and time stay the same: raw data may be 50 GB."""
+    key = _identity(path)
+    if key not in _known:
+        _known[key] = sha256(path)
+    return _known[key]
+
+
+def remember_sha256(path: Path, digest: str) -> None:
+    """Tell `sha256_once` what was hashed while it was written."""
+    _known[_identity(path)] = digest
 
 
 def digest_of(value: Any) -> str:

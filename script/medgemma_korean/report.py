@@ -112,18 +112,24 @@ def warnings(paths: RunPaths) -> list[str]:
     return [f"{record['program']}: {text}" for record in found if record for text in record["warnings"]]
 
 
+def _folders(place: Path) -> list[str]:
+    return [p.name for p in sorted(place.iterdir()) if p.is_dir() and not p.name.startswith(".")]
+
+
 def licences(paths: RunPaths, profile: ModelProfile) -> list[tuple[str, str]]:
     """(source, licence) of everything that the run's data folder holds."""
     found = []
     if paths.raw_korean.is_dir():
-        found += [p.name for p in sorted(paths.raw_korean.iterdir()) if p.is_dir()]
+        found += _folders(paths.raw_korean)
+    if paths.raw_english.is_relative_to(paths.raw) and paths.raw_english.is_dir():
+        found.append("english_replay")
     found += [
         key
         for key, place in (("kor_med_test", paths.raw_mcq), ("medical_dict", paths.raw_dictionary))
         if place.is_dir()
     ]
     if paths.raw_pairs.is_dir():
-        found += [p.name for p in sorted(paths.raw_pairs.iterdir()) if p.is_dir()]
+        found += _folders(paths.raw_pairs)
     if profile.source == "build" and paths.data.name == "sample":
         return [("the project's own sample data", "Apache-2.0")]
     return [(key, BY_KEY[key].licence if key in BY_KEY else "not in the catalogue") for key in found]

@@ -83,7 +83,7 @@ def describe(paths: list[Path], home: Path, hashed: bool = True) -> dict[str, di
             stat = file.stat()
             entry: dict[str, Any] = {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
             if hashed:
-                entry["sha256"] = records.sha256(file)
+                entry["sha256"] = records.sha256_once(file)
             described[os.path.relpath(file, home)] = entry
     return described
 
@@ -207,7 +207,7 @@ class Stage:
         entry = self._known.get(os.path.relpath(file, self.paths.data))
         if entry and entry["size"] == stat.st_size and entry["mtime_ns"] == stat.st_mtime_ns:
             return entry["sha256"]
-        return records.sha256(file)
+        return records.sha256_once(file)
 
     @property
     def fingerprint(self) -> str:

@@ -186,10 +186,13 @@ def plan(args: argparse.Namespace, profile: ModelProfile, paths: RunPaths) -> di
 
 
 def manual_files_missing(args: argparse.Namespace, paths: RunPaths) -> str:
-    from medgemma_korean.dictionary import missing_files
+    from medgemma_korean.dictionary_files import missing_files
+    from medgemma_korean.stardict import convert
 
     folder = paths.raw_dictionary
-    return "" if args.skip_01 else "\n".join(f"{show(folder / name)} is missing" for name in missing_files(folder))
+    missing = [] if args.skip_01 else missing_files(folder)
+    converted = {conversion.name for conversion in convert(folder)[0]} if missing else set()
+    return "\n".join(f"{show(folder / name)} is missing" for name in missing if name not in converted)
 
 
 def disk_line(profile: ModelProfile, paths: RunPaths) -> str:
@@ -198,7 +201,7 @@ def disk_line(profile: ModelProfile, paths: RunPaths) -> str:
     free = shutil.disk_usage(place).free / 1e9
     if profile.tiny is not None:
         return f"disk: {free:.0f} GB free at {place}; a built model needs less than 1 GB"
-    size = float(BY_KEY[profile.name].size.split()[0])  # GB, published weights
+    size = BY_KEY[profile.name].gigabytes  # published weights
     there = sum((f / "stage.json").is_file() for f in (paths.raw_model, paths.raw_lora_added, paths.another_lora_added))
     need = size * (COPIES - there)
     short = " - NOT ENOUGH" if free < need else ""
