@@ -1,13 +1,22 @@
-"""Shared fixtures: a project root of its own for every test, and the shipped programs run as a user runs them."""
+"""Shared fixtures: a project root of its own for every test, the shipped programs run as a user does, a hub."""
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import importlib.util
 import logging
 import os
+import pty
+import re
 import shutil
+import signal
+import struct
 import subprocess
 import sys
+import termios
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -108,3 +117,137 @@ def refined_root(tmp_path_factory) -> Path:
     outcome = _run("refine_all", root=root)
     assert outcome.code == 0, outcome.text
     return root
+
+
+# downloads ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def hub():
+    """A hub of this test's own on 127.0.0.1; tests add repositories and order faults."""
+    from hub_repositories import GATED, TOKEN
+    from loopback_hub import Hub
+
+    with Hub() as hub:
+        hub.tokens = {TOKEN: set(GATED)}
+        yield hub
+    assert not hub.cdn_saw_authorization
+
+
+def hub_environment(hub, tmp_path: Path) -> dict[str, str]:
+    """For a program that is to know this hub and no other, whoever runs the tests."""
+    from hub_repositories import environment
+
+    proxies = dict.fromkeys(("http_proxy", "https_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"), "")
+    return proxies | {"HF_HOME": str(tmp_path / "home"), "NO_PROXY": "", **environment(hub)}
+
+
+def assert_no_secrets(tmp_path: Path, printed: str) -> None:
+    """No token and no signed address in what a program printed and wrote: logs, pins, records, progress."""
+    small = (p for p in tmp_path.rglob("*") if p.is_file() and p.suffix in (".log", ".json", ".jsonl", ".txt"))
+    for text in (printed, *(p.read_text(encoding="utf-8") for p in small)):
+        assert not re.search("hf_[A-Za-z0-9]{8}|Bearer|X-Amz", text)
+
+
+@pytest.fixture
+def get(hub, tmp_path, run_program):
+    """get(program, *args, **environment) -> Outcome: a program for medgemma-4b, from the hub, in a process of its own.
+
+    get.begin(program, *args, within=[], reserve=None) -> Popen: does not wait for it. within: a command that runs it;
+    reserve: the bytes that a download leaves free. get.in_terminal(program, *args) -> (what it shows, exit code).
+    """
+    (tmp_path / "data").mkdir(exist_ok=True)
+
+    def get(program: str, *args: object, **environment: str) -> Outcome:
+        environment = hub_environment(hub, tmp_path) | environment
+        outcome = run_program(program, "--model", "medgemma-4b", *args, env=environment, timeout=60)
+        assert_no_secrets(tmp_path, outcome.text)
+        return outcome
+
+    def begin(program: str, *args: object, within: Sequence[str] = (), reserve: float | None = None, output: int = -1):
+        environment = {**os.environ, **hub_environment(hub, tmp_path), "MEDGEMMA_KOREAN_ROOT": str(tmp_path)}
+        run = [str(program_file(program))]
+        if reserve is not None:
+            code = f"import runpy; from medgemma_korean import hub; hub.RESERVE = {reserve}; "
+            run = ["-c", code + f"runpy.run_path({run[0]!r}, run_name='__main__')"]
+        begun.append(
+            subprocess.Popen(
+                [*within, sys.executable, *run, "--model", "medgemma-4b", *map(str, args)],
+                env={k: v for k, v in environment.items() if v != ""},
+                cwd=tmp_path,
+                stdout=output,  # -1 is subprocess.PIPE
+                stderr=output if output >= 0 else subprocess.STDOUT,
+                text=True,
+            )
+        )
+        return begun[-1]
+
+    def in_terminal(program: str, *args: object) -> tuple[str, int]:
+        terminal, side = pty.openpty()
+        fcntl.ioctl(side, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 120, 0, 0))  # a new one has no size
+        process, shown = begin(program, *args, output=side), b""
+        os.close(side)
+        with contextlib.suppress(OSError):  # so Linux says that the other side is closed
+            while block := os.read(terminal, 65536):
+                shown += block
+        os.close(terminal)
+        return shown.decode(), process.wait()
+
+    begun: list[subprocess.Popen] = []
+    get.begin, get.in_terminal = begin, in_terminal
+    yield get
+    for process in begun:
+        process.kill()
+        process.communicate()
+
+
+@pytest.fixture
+def client(hub, tmp_path, monkeypatch):
+    """This process speaks to the hub as a program would, and never sleeps long: client is the list of its sleeps."""
+    from huggingface_hub import constants
+    from huggingface_hub.utils import close_session
+
+    from medgemma_korean import transfer
+
+    for name, value in hub_environment(hub, tmp_path).items():
+        monkeypatch.setenv(name, value) if value else monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + "/{repo_id}/resolve/{revision}/{filename}")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "home" / "token"))
+    monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 2)
+    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", constants.DOWNLOAD_CHUNK_SIZE)
+    monkeypatch.setattr(transfer, "WAITS", (0.01,) * len(transfer.WAITS))
+    sleeps, sleep = [], time.sleep
+    monkeypatch.setattr(time, "sleep", lambda seconds: (sleeps.append(seconds), sleep(min(seconds, 0.01)))[0])
+    close_session()
+    yield sleeps
+    close_session()
+
+
+@pytest.fixture
+def get_here(client, tmp_path, monkeypatch, load_program, capfd):
+    """As `get`, in this process: for what gives up after long waits, takes many runs, or needs a patch."""
+    from huggingface_hub import constants
+
+    from medgemma_korean import cli
+    from medgemma_korean import hub as downloads
+
+    (tmp_path / "data").mkdir(exist_ok=True)
+    monkeypatch.syspath_prepend(str(REPOSITORY / "script" / "download"))  # download_all calls its siblings
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+
+    def get_here(program: str, *args: object, **environment: str) -> Outcome:
+        for name, empty in (("_fetched", []), ("_shown", set()), ("_resolved", set())):
+            monkeypatch.setattr(downloads, name, empty)
+        capfd.readouterr()
+        with monkeypatch.context() as patch:
+            for name, value in environment.items():
+                patch.setenv(name, value) if value else patch.delenv(name, raising=False)
+            patch.setattr(constants, "HF_HUB_OFFLINE", environment.get("HF_HUB_OFFLINE") == "1")
+            code = cli.run(lambda: load_program(program).main(["--model", "medgemma-4b", *map(str, args)]))
+        outcome = Outcome(code, *capfd.readouterr())
+        assert_no_secrets(tmp_path, outcome.text)
+        return outcome
+
+    return get_here

@@ -13,6 +13,7 @@ from medgemma_korean import records, sources
 from medgemma_korean.paths import RunPaths
 from medgemma_korean.profiles import MODELS
 from medgemma_korean.sources import BY_KEY, HAI_DEF, SOURCES, Source, check_columns, exact, matches, prefixes
+from medgemma_korean.text import documents
 
 MANUAL = Path(__file__).resolve().parents[1] / "MANUAL_DATA.md"
 HUB = [source for source in SOURCES if source.place == "hub"]
@@ -293,7 +294,7 @@ def test_sizes_are_readable():
 # AI Hub -------------------------------------------------------------------------------------------------
 
 
-def test_the_conversion_that_the_manual_shows_gives_text_that_is_read(tmp_path, load_program):
+def test_the_conversion_that_the_manual_shows_gives_text_that_is_read(tmp_path):
     """MANUAL_DATA.md shows how a labelled JSON of AI Hub becomes rows: run it as it stands there."""
     manual = MANUAL.read_text(encoding="utf-8")
     code = re.search(r"00_korean/aihub/\S+ <<'END'\n(.*?)\nEND\n", manual, re.S)[1]
@@ -303,5 +304,6 @@ def test_the_conversion_that_the_manual_shows_gives_text_that_is_read(tmp_path, 
     (labelled / "medical.json").write_text(json.dumps(rows, ensure_ascii=False), encoding="utf-8-sig")
     target = tmp_path / BY_KEY["aihub"].folder / "books.jsonl"
     subprocess.run([sys.executable, "-c", code, str(tmp_path / "unpacked"), str(target)], check=True)
-    assert list(load_program("refine_00_plain_text").read_texts(target.parent)) == ["간은 해독을 맡는다."]
+    texts = [t for task in documents.tasks_of(target.parent) for batch in documents.read(task) for t in batch.texts]
+    assert texts == ["간은 해독을 맡는다."]
     assert f"data/01_raw/{BY_KEY['aihub'].folder}/" in manual and matches(BY_KEY["aihub"], target.name)

@@ -13,14 +13,14 @@ from __future__ import annotations
 
 import argparse
 import sys
-from itertools import islice
 from pathlib import Path
 
-from medgemma_korean import cli, hub, records
+from medgemma_korean import cli, hub
 from medgemma_korean.cli import PipelineError, log
 from medgemma_korean.paths import RunPaths, show
 from medgemma_korean.sources import BY_KEY, SOURCES, Source
 from medgemma_korean.stage import Input, Stage
+from medgemma_korean.text import documents
 
 FORMAT = 1
 KNOWN = [s.key for s in SOURCES if s.stage == "00" and s.place == "hub"]
@@ -32,7 +32,7 @@ def of_a_person(paths: RunPaths) -> list[Path]:
         return []
     ours = {BY_KEY[key].folder for key in KNOWN if hub.pin(paths, BY_KEY[key]).is_file()} | {BY_KEY["aihub"].folder}
     folders = [p for p in sorted(paths.raw_korean.iterdir()) if not p.name.startswith(".")]
-    return [p for p in folders if str(p.relative_to(paths.raw)) not in ours and records.row_files(p)]
+    return [p for p in folders if str(p.relative_to(paths.raw)) not in ours and (p.is_file() or documents.files_of(p))]
 
 
 def chosen(args: argparse.Namespace, paths: RunPaths) -> list[Source]:
@@ -54,21 +54,6 @@ def wanted(args: argparse.Namespace, paths: RunPaths) -> list[hub.Want]:
     ]
 
 
-def check_source(folder: Path) -> int:
-    """Row files of one source; each must open and its first rows must have text. Returns the number of files."""
-    files = records.row_files(folder)
-    if not files:
-        raise PipelineError(f"{show(folder)}: no row files (.jsonl, .jsonl.gz, .json, .parquet)")
-    for file in files:
-        first = list(islice(records.read_rows(file), 3))
-        if not first:
-            raise PipelineError(f"{show(file)}: no rows")
-        for row in first:
-            if not isinstance(row.get("text"), str):
-                raise PipelineError(f'{show(file)}: no column "text"; found {", ".join(row)}')
-    return len(files)
-
-
 def make_parser() -> argparse.ArgumentParser:
     parser = cli.make_parser(__doc__)
     parser.add_argument("--source", action="append", metavar="KEY", help=f"one of {', '.join(KNOWN)}; may be repeated")
@@ -81,12 +66,12 @@ def main(argv: list[str] | None = None) -> int:
     _, paths = cli.resolve(args)
     cli.start_logging(paths, "download_00_plain_text")
     origins, changed = hub.ensure(wanted(args, paths), args, paths, "download_00_plain_text")
-    for folder in (*of_a_person(paths), paths.raw / BY_KEY["aihub"].folder):
+    for folder in (*(own := of_a_person(paths)), paths.raw / BY_KEY["aihub"].folder):
         if folder.exists():
-            known = BY_KEY.get(folder.name)
-            licence = known.licence if known else "as its owner says"
+            licence = BY_KEY[folder.name].licence if folder.name in BY_KEY else "as its owner says"
             origins[folder.name] = {"origin": "brought by hand", "licence": licence}
-            log.info("%s: text that was put there is used as it is; --source fetches more", show(folder))
+    if own:
+        log.info("%s holds text of its own, which is used as it is; --source fetches more", show(paths.raw_korean))
     stage = Stage(
         "download_00_plain_text",
         paths,
@@ -102,7 +87,7 @@ def main(argv: list[str] | None = None) -> int:
         counts = {}
         korean = sorted(p for p in paths.raw_korean.iterdir() if p.is_dir() and not p.name.startswith("."))
         for folder in (*korean, paths.raw_english):
-            counts[folder.name] = check_source(folder)
+            counts[folder.name] = documents.check(folder)
             log.info("%s: %s", show(folder), cli.count(counts[folder.name], "readable file"))
         if not paths.raw_english.is_relative_to(paths.raw):
             log.info("no 00_english_replay in %s; the sample's English text is replayed", show(paths.raw))

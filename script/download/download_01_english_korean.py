@@ -69,7 +69,9 @@ def read_members(archive: Path) -> Iterator[tuple[str, bytes]]:
                     if member.isfile():
                         yield member.name, file.extractfile(member).read()
     except (zipfile.BadZipFile, tarfile.TarError, EOFError, zlib.error, NotImplementedError) as error:
-        raise PipelineError(f"{show(archive)}: damaged archive ({error}); add --force to fetch it again") from None
+        raise PipelineError(
+            f"{show(archive)}: damaged archive ({error}); delete it, and the same command fetches it again"
+        ) from None
 
 
 def aligned(archive: Path) -> tuple[list[str], list[str]]:
@@ -101,6 +103,14 @@ def aligned(archive: Path) -> tuple[list[str], list[str]]:
     return sides["en"], sides["ko"]
 
 
+def archive_in(folder: Path, origin: dict) -> Path:
+    """The archive of a source: the one that was fetched, or the one that somebody put there. Raises PipelineError."""
+    names = origin.get("files") or sorted(p.name for p in folder.iterdir() if not p.name.startswith("."))
+    if len(names) != 1:
+        raise PipelineError(f"{show(folder)}: expected one archive, found {', '.join(names)}")
+    return folder / next(iter(names))
+
+
 def unpack(archive: Path, target: Path) -> int:
     """Write the pairs of an archive as `target`/train.jsonl; returns how many."""
     pairs = ({"en": en.strip(), "ko": ko.strip()} for en, ko in zip(*aligned(archive), strict=True))
@@ -122,9 +132,13 @@ def main(argv: list[str] | None = None) -> int:
     origins, changed = hub.ensure(wants, args, paths, "download_01_english_korean")
     for want in (w for w in wants if w.source.place == "url"):
         target = paths.raw / want.source.folder
+        changed |= hub.outdated(want, origins, paths.record("download_01_english_korean"), args.force)
         if changed or not (target / "train.jsonl").is_file():
-            (archive,) = (p for p in want.target.iterdir() if not p.name.startswith("."))
-            log.info("%s: %s", show(target), cli.count(unpack(archive, target), "pair"))
+            try:
+                pairs = unpack(archive_in(want.target, origins[want.source.key]), target)
+            except PipelineError as error:
+                raise PipelineError(f"{error}\nFor a newer version: {want.again} --update") from None
+            log.info("%s: %s", show(target), cli.count(pairs, "pair"))
     stage = Stage(
         "download_01_english_korean",
         paths,

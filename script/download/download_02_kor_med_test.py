@@ -100,7 +100,9 @@ def main(argv: list[str] | None = None) -> int:
     folder = paths.raw_mcq
     wants = wanted(args, paths)
     origins, changed = hub.ensure(wants, args, paths, "download_02_kor_med_test")
-    if wants and (changed or not folder.exists()):
+    changed |= any(hub.outdated(want, origins, paths.record("download_02_kor_med_test"), args.force) for want in wants)
+    missing = [show(folder / f"{split}.jsonl") for split in SPLITS if not (folder / f"{split}.jsonl").is_file()]
+    if wants and (changed or missing):
         part = folder.with_name(f".{folder.name}.partial")
         shutil.rmtree(part, ignore_errors=True)
         try:
@@ -110,9 +112,8 @@ def main(argv: list[str] | None = None) -> int:
             raise PipelineError(f"{error}\nSee {page}; for a newer revision: {again}") from None
         hub.publish(part, folder)
         log.info("%s: %s", show(folder), ", ".join(f"{n:,} {split}" for split, n in sizes.items()))
-    missing = [show(folder / f"{split}.jsonl") for split in SPLITS if not (folder / f"{split}.jsonl").is_file()]
-    if missing:
-        raise PipelineError(f"missing: {', '.join(missing)}")
+    elif missing:
+        raise PipelineError(f"missing: {', '.join(missing)}; bring it, or move {show(folder)} away to have all fetched")
     stage = Stage(
         "download_02_kor_med_test",
         paths,

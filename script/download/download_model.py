@@ -144,6 +144,7 @@ def main(argv: list[str] | None = None) -> int:
     (plan,) = hub.survey(wanted(profile, paths), args)
     stage = stage_of(paths, source.id, plan.files, args.force or plan.changed)
     if (code := stage.already_complete()) is not None:
+        hub.settle(plan)
         return code
     if args.update and (begun := plan.want.partial / ".identity.json").is_file():
         records.write_json(begun, stage.identity())  # what is there of an older revision was checked file by file

@@ -11,8 +11,10 @@ from __future__ import annotations
 import argparse
 import contextlib
 import datetime
+import errno
 import fcntl
 import hashlib
+import itertools
 import os
 import shutil
 import time
@@ -26,7 +28,8 @@ from medgemma_korean import cli, progress, records, sources
 from medgemma_korean.cli import PipelineError, log, size_text
 from medgemma_korean.paths import RunPaths, show
 from medgemma_korean.sources import Source
-from medgemma_korean.transfer import Altered, File, Transfer, finished, patiently, reason
+from medgemma_korean.stage import check_outputs, read_record
+from medgemma_korean.transfer import Altered, File, Transfer, finished, patiently, quiet_library, reason
 
 RESERVE = 200e6  # bytes of the disk that a download leaves free, for records and logs
 MAX_GB = 3.0  # of a source that is taken in part: as much as Korean Wikipedia and NamuWiki, raw
@@ -41,7 +44,7 @@ _resolved: set[Path] = set()  # pins that this process has asked the hub for
 
 
 class Unreachable(PipelineError):
-    """No connection at all; asking for the next source is pointless."""
+    """No connection, or a token that is none: asking for the next source is pointless."""
 
 
 @dataclass(frozen=True)
@@ -87,15 +90,17 @@ class Plan:
 
     def file(self, name: str) -> File:
         entry, source = self.files[name], self.want.source
-        known = {k: entry[k] for k in ("sha256", "git") if entry.get(k)}
         if source.place == "url":
+            # Its sha256 was computed here and never announced: a new copy need not have that of a damaged one.
             # Should the file change between two attempts, If-Range has it sent whole instead of a piece of another.
-            headers = {"Accept-Encoding": "identity"} | ({"If-Range": entry["etag"]} if entry.get("etag") else {})
-            return File(name, entry["size"], entry["url"], headers, **known)
+            version = entry.get("etag") or entry.get("last-modified")
+            headers = {"Accept-Encoding": "identity"} | ({"If-Range": version} if version else {})
+            return File(name, entry["size"], entry["url"], headers)
         from huggingface_hub import hf_hub_url
         from huggingface_hub.utils import build_hf_headers
 
         headers = build_hf_headers() | {"Accept-Encoding": "identity"}
+        known = {k: entry[k] for k in ("sha256", "git") if entry.get(k)}
         url = hf_hub_url(source.id, name, repo_type=repo_type(source), revision=self.origin["revision"])
         return File(name, entry["size"], url, headers, **known)
 
@@ -170,7 +175,8 @@ def survey(wanted: list[Want], args: argparse.Namespace) -> list[Plan]:
     plans, problems = [], []
     for want in wanted:
         try:
-            plans.append(_plan(want, args))
+            with in_words(want):
+                plans.append(_plan(want, args))
         except Unreachable:
             raise
         except PipelineError as error:
@@ -184,19 +190,18 @@ def survey(wanted: list[Want], args: argparse.Namespace) -> list[Plan]:
 
 def _plan(want: Want, args: argparse.Namespace) -> Plan:
     known = records.read_json(want.pin) if want.pin.is_file() else None
-    if known is None and want.into is None and want.target.exists():
+    if known is None and want.into is None and want.target.is_dir() and any(want.target.iterdir()):
         return Plan(want, None)
     asked = getattr(args, "max_gb", None)
     most = asked or (known or {}).get("max_gb") or MAX_GB
     if known is None or (args.update and want.pin not in _resolved) or (asked and known["max_gb"] != asked):
         revision = known["revision"] if known and not args.update else want.source.revision
-        with in_words(want):
-            found = resolve(want, revision, most)
+        found = resolve(want, revision, most)
         if known is None or _announced(known) != _announced(found):
             found["pending"] = True
             _forget_changed(want, known, found)
-        elif known.get("pending"):
-            found["pending"] = True
+        else:
+            found |= {key: known[key] for key in ("files", "pending") if key in known}
         _resolved.add(want.pin)
         records.write_json(want.pin, found)
         known = found
@@ -210,7 +215,7 @@ def _plan(want: Want, args: argparse.Namespace) -> Plan:
         for name, entry in plan.files.items()
         if not _same(want.partial / name, entry) and not _same(want.target / name, entry, hashed=True)
     ]
-    plan.rebuild = not published or plan.changed or bool(plan.missing)
+    plan.rebuild = not published or bool(plan.missing) or (plan.changed and not _holds(want.target, plan.files))
     return plan
 
 
@@ -224,10 +229,13 @@ def _announced(origin: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def _forget_changed(want: Want, known: dict[str, Any] | None, found: dict[str, Any]) -> None:
-    """Remove fetched files of a broken-off download that the new revision holds with other content."""
+    """Remove fetched files of a broken-off download that the new revision holds with other content.
+
+    Without a pin, which somebody may have removed, their hashes tell.
+    """
     new = _announced(found)
-    for name, entry in (_announced(known) if known else {}).items():
-        if new.get(name) != entry:
+    for name, entry in (_announced(known) if known else new).items():
+        if new.get(name) != entry if known else not _same(want.partial / name, entry, hashed=True):
             (want.partial / name).unlink(missing_ok=True)
 
 
@@ -243,13 +251,20 @@ def _same(path: Path, entry: dict[str, Any], hashed: bool = False) -> bool:
     return True
 
 
+def _holds(folder: Path, files: dict[str, dict[str, Any]]) -> bool:
+    """These files and no other, by their hashes: a kill came after they were put in place."""
+    there = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()}
+    return there == set(files) and all(_same(folder / name, entry, hashed=True) for name, entry in files.items())
+
+
 def resolve(want: Want, revision: str | None, max_gb: float) -> dict[str, Any]:
     """The pin of a source: id, revision (a commit), licence, and its files with size and hash, as published now.
 
     Raises PipelineError when no file matches, and what huggingface_hub raises.
     """
     source = want.source
-    found = _resolve_url(want) if source.place == "url" else _resolve_repository(want, revision)
+    with quiet_library():
+        found = _resolve_url(want) if source.place == "url" else _resolve_repository(want, revision)
     chosen, total = {}, 0
     for name, entry in sorted(found.pop("files").items()):
         if chosen and source.kind == "plain text" and total + entry["size"] > max_gb * 1e9:
@@ -266,18 +281,22 @@ def resolve(want: Want, revision: str | None, max_gb: float) -> dict[str, Any]:
 
 
 def _resolve_repository(want: Want, revision: str | None) -> dict[str, Any]:
-    from huggingface_hub import HfApi, get_session
+    from huggingface_hub import HfApi
     from huggingface_hub.errors import EntryNotFoundError
     from huggingface_hub.hf_api import RepoFile
 
     source, api, kind = want.source, HfApi(), repo_type(want.source)
 
-    def ask(call: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
-        def once() -> Any:
-            get_session().timeout = API_TIMEOUT  # the library's own is none, and a lost connection replaces the session
-            return call(source.id, *arguments, repo_type=kind, **options)
+    def once(call: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+        _session()
+        return call(source.id, *arguments, repo_type=kind, **options)
 
-        return patiently(once, source.id)
+    def ask(call: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+        return patiently(lambda: once(call, *arguments, **options), source.id)
+
+    def listed(folder: str, recursive: bool = False) -> list[Any]:
+        """The library itself asks again for a page that does not come."""
+        return list(once(api.list_repo_tree, folder or None, recursive=recursive, revision=info.sha))
 
     info = ask(api.repo_info, revision=revision)
     gated = bool(info.gated)
@@ -288,9 +307,7 @@ def _resolve_repository(want: Want, revision: str | None) -> dict[str, Any]:
         # Everything below a folder only where a pattern reaches deeper than it.
         deep = any("/" in p[len(prefix) :].lstrip("/") for p in source.files if p.startswith(prefix))
         with contextlib.suppress(EntryNotFoundError):
-            entries += ask(
-                lambda *a, **o: list(api.list_repo_tree(*a, **o)), prefix or None, recursive=deep, revision=info.sha
-            )
+            entries += listed(prefix, recursive=deep)
     if exact := sources.exact(source):
         entries += ask(api.get_paths_info, exact, revision=info.sha)
     files = {}
@@ -300,10 +317,7 @@ def _resolve_repository(want: Want, revision: str | None) -> dict[str, Any]:
                 {"sha256": entry.lfs.sha256} if entry.lfs else {"git": entry.blob_id}
             )
     if not files:
-        there = sorted(
-            e.path + ("/" if not isinstance(e, RepoFile) else "")
-            for e in ask(lambda *a, **o: list(api.list_repo_tree(*a, **o)), None, revision=info.sha)
-        )
+        there = sorted(e.path + ("" if isinstance(e, RepoFile) else "/") for e in listed(""))
         raise PipelineError(
             f"{source.id}: nothing in it is called {' or '.join(source.files[:4])}; it holds {', '.join(there[:12])}"
             f"{' …' if len(there) > 12 else ''}. The repository has changed: see {page(source)}"
@@ -313,13 +327,12 @@ def _resolve_repository(want: Want, revision: str | None) -> dict[str, Any]:
 
 def _resolve_url(want: Want) -> dict[str, Any]:
     """The newest of a source's addresses that answers, with size and ETag; its ETag is its revision."""
-    from huggingface_hub import get_session
     from huggingface_hub.utils import hf_raise_for_status
 
     tried = []
     for address in (want.source.id, *want.source.alternatives):
         url = _mirrored(address)
-        answer = patiently(lambda u=url: _head(get_session(), u), want.source.key)
+        answer = patiently(lambda u=url: _head(u), want.source.key)
         if answer.status_code == 404:
             tried.append(url)
             continue
@@ -331,14 +344,30 @@ def _resolve_url(want: Want) -> dict[str, Any]:
         revision = (answer.headers.get("etag") or answer.headers.get("last-modified") or url).strip('W/"')
         return {"revision": revision, "gated": False, "files": {Path(urlsplit(url).path).name: entry}}
     raise PipelineError(
-        f"not found (404): {', '.join(tried)}; look for its new place and put the file in {show(want.target)}"
+        f"not found (404): {', '.join(tried)}; look for its new place and put the file in {show(want.target)}, "
+        f"then run: {want.again}"
     )
 
 
-def _head(session: Any, url: str) -> Any:
+def _session() -> Any:
+    """The library's HTTP client, none of whose requests waits for ever: some of its calls set no limit."""
+    from huggingface_hub import get_session
+
+    hooks = get_session().event_hooks["request"]
+    if _limit not in hooks:  # a lost connection replaces the client
+        hooks.append(_limit)
+    return get_session()
+
+
+def _limit(request: Any) -> None:
+    if not (request.extensions.get("timeout") or {}).get("read"):
+        request.extensions["timeout"] = dict.fromkeys(("connect", "read", "write", "pool"), API_TIMEOUT)
+
+
+def _head(url: str) -> Any:
     from huggingface_hub.utils import hf_raise_for_status
 
-    answer = session.head(url, headers={"Accept-Encoding": "identity"}, timeout=API_TIMEOUT, follow_redirects=True)
+    answer = _session().head(url, headers={"Accept-Encoding": "identity"}, follow_redirects=True, timeout=None)
     if answer.status_code != 404:
         hf_raise_for_status(answer)
     return answer
@@ -401,8 +430,10 @@ def fetch(plan: Plan, args: argparse.Namespace, paths: RunPaths, program: str) -
     if plan.origin is None:
         return {"origin": "brought by hand", "licence": want.source.licence}
     if plan.rebuild:
-        with _locked(want):
+        with in_words(want), _locked(want):
             _fetch(plan, args, paths, program)
+    elif not want.into:
+        settle(plan)
     return plan.origin
 
 
@@ -416,12 +447,11 @@ def _fetch(plan: Plan, args: argparse.Namespace, paths: RunPaths, program: str) 
         here = plan.size - sum(f.size for f in files)
         transfer = Transfer(want.source.key, files, want.partial, here, args.connections)
         try:
-            with in_words(want):
-                digests = transfer.run(
-                    lambda done, of, text: progress.update(
-                        paths, program, state="running", done=done, total=of, metric=f"{want.source.key} {text}"
-                    )
+            digests = transfer.run(
+                lambda done, of, text: progress.update(
+                    paths, program, state="running", done=done, total=of, metric=f"{want.source.key} {text}"
                 )
+            )
         except BaseException as error:
             ended = isinstance(error, (cli.Interrupted, KeyboardInterrupt))
             progress.update(paths, program, state="interrupted" if ended else "failed")
@@ -439,6 +469,18 @@ def _fetch(plan: Plan, args: argparse.Namespace, paths: RunPaths, program: str) 
         settle(plan)
 
 
+def outdated(want: Want, origins: dict[str, dict[str, Any]], record_path: Path, force: bool) -> bool:
+    """True when what a stage made of a source was made of other files than these, or (--force) has changed since.
+
+    The pin cannot tell: a program may have been killed, or may have refused the files, after they were in place.
+    """
+    record = read_record(record_path)
+    if record is None:
+        return False
+    made_of = record["origins"].get(want.source.key, {}).get("files")
+    return made_of != origins[want.source.key].get("files") or bool(force and check_outputs(record_path))
+
+
 def settle(plan: Plan) -> None:
     """Note in the pin that its files are in place: until then they are still to be brought about."""
     if plan.origin.pop("pending", None):
@@ -448,9 +490,11 @@ def settle(plan: Plan) -> None:
 def publish(made: Path, target: Path) -> None:
     """Rename a whole folder to its place; one that is there is kept, hidden from the readers of its parent."""
     if target.exists():
-        hidden = target.with_name(f".{target.name}")
-        target.rename(hidden)
-        log.info("the old files are kept as %s", show(records.move_aside(hidden)))
+        # One rename: a kill between two would leave a name that the next one stumbles over.
+        names = (f".{target.name}.previous" + (f".{n}" if n > 1 else "") for n in itertools.count(1))
+        kept = next(path for path in map(target.with_name, names) if not path.exists())
+        target.rename(kept)
+        log.info("the old files are kept as %s", show(kept))
     (made / ".lock").unlink(missing_ok=True)
     made.rename(target)
 
@@ -485,7 +529,7 @@ def _locked(want: Want) -> Iterator[None]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise PipelineError(
-                f"{want.source.key} is being fetched by another program; wait for it, or end it"
+                f"{want.source.key} is being fetched by another program; wait for it or end it, then run: {want.again}"
             ) from None
         yield
         (want.partial / ".lock").unlink(missing_ok=True)
@@ -507,8 +551,7 @@ def say_fetched() -> None:
 
 @contextlib.contextmanager
 def in_words(want: Want) -> Iterator[None]:
-    """Turn what the hub and the network raise into a PipelineError with the next step."""
-    from huggingface_hub import constants
+    """Turn what the hub, the network and the disk raise into a PipelineError with the next step."""
     from huggingface_hub.errors import (
         EntryNotFoundError,
         GatedRepoError,
@@ -546,16 +589,26 @@ def in_words(want: Want) -> Iterator[None]:
     except Altered as error:
         raise PipelineError(
             f"{name}: {getattr(error, 'file', 'a file')} came with other content than announced, every time ({error}); "
-            f"nothing of it is used. A proxy may alter it, or it is being replaced: later, or with the newest revision, "
+            f"nothing of it is used. A proxy may alter it, or it is being replaced: later, or for the newest revision, "
             f"run: {want.again} --update"
         ) from None
     except Exception as error:
         if (response := getattr(error, "response", None)) is not None:
-            raise PipelineError(f"{name}: {_answer(response.status_code, want, constants.ENDPOINT)}") from None
+            kind = Unreachable if response.status_code == 401 and source.place == "hub" else PipelineError
+            raise kind(f"{name}: {_answer(response.status_code, want)}") from None
         if isinstance(error, (ConnectionError, TimeoutError)) or _is_transport(error):
             raise Unreachable(
-                f"{name}: the hub cannot be reached ({reason(error)}); what has come is kept. "
+                f"{name}: {_server(source)} cannot be reached ({reason(error)}); what has come is kept. "
                 f"Check the connection, {again}"
+            ) from None
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise PipelineError(
+                f"no space left on the disk of {show(want.target)}; what has come is kept. Free some, {again}"
+            ) from None
+        if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
+            raise PipelineError(
+                f"no permission for {error.filename}: {error.strerror}; make it writable, or use another folder "
+                f"(--data-dir, MEDGEMMA_KOREAN_ROOT), {again}"
             ) from None
         raise
 
@@ -566,14 +619,19 @@ def _is_transport(error: Exception) -> bool:
     return module.startswith(("httpx", "httpcore")) or (type(error) is OSError and error.errno is None)
 
 
-def _answer(status: int, want: Want, endpoint: str) -> str:
+def _server(source: Source) -> str:
+    return "the hub" if source.place == "hub" else urlsplit(_mirrored(source.id)).netloc
+
+
+def _answer(status: int, want: Want) -> str:
+    server = _server(want.source)
     again = f"then run: {want.again}"
-    if status == 401:
+    if status == 401 and want.source.place == "hub":
         return f"the hub refuses your token (401): `hf auth login` with a valid one (HF_TOKEN goes first), {again}"
     if status == 403:
         return f"your token has no access (403): open {page(want.source)}, ask for it or use another token, {again}"
     if status == 429:
-        return f"the hub asks for patience (429), again and again; what has come is kept. Wait some minutes, {again}"
+        return f"{server} asks for patience (429), again and again; what has come is kept. Wait some minutes, {again}"
     if status >= 500:
-        return f"{endpoint} is in trouble (HTTP {status}), again and again; what has come is kept. Later, {again}"
-    return f"the hub answered HTTP {status}; look at {page(want.source)}, {again}"
+        return f"{server} is in trouble (HTTP {status}), again and again; what has come is kept. Later, {again}"
+    return f"{server} answered HTTP {status}; look at {page(want.source)}, {again}"

@@ -1,4 +1,4 @@
-"""Reading and writing rows: JSONL, JSON and Parquet, streamed, with the file and line in every error.
+"""Reading and writing rows: JSONL, JSON, Parquet and Arrow, streamed, with the file and line in every error.
 
 Writers are atomic: a file is written beside its place, flushed to disk and renamed.
 """
@@ -19,7 +19,9 @@ from medgemma_korean.cli import PipelineError
 
 # Files of these names hold one JSON object a line (C4 calls them .json.gz).
 LINE_SUFFIXES = (".jsonl", ".jsonl.gz", ".json.gz")
-ROW_SUFFIXES = (*LINE_SUFFIXES, ".json", ".parquet")
+ROW_SUFFIXES = (*LINE_SUFFIXES, ".json", ".parquet", ".arrow")
+# What `datasets` writes beside its rows: save_to_disk, the hub's tools, and caches of a map or filter.
+NOT_ROWS = ("state.json", "dataset_info.json", "dataset_dict.json", "dataset_infos.json", "cache-*.arrow")
 
 
 def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
@@ -46,15 +48,30 @@ def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
 
 def _parse_line(line: bytes, path: Path, number: int) -> dict[str, Any]:
     try:
-        row = json.loads(line.decode("utf-8"))
+        return parse_row(line)
     except UnicodeDecodeError as error:
         raise PipelineError(f"{path}, line {number}: not UTF-8 (byte {error.start})") from None
-    except (ValueError, RecursionError) as error:  # a plain ValueError is a number of thousands of digits
-        reason = error.msg if isinstance(error, json.JSONDecodeError) else "nested too deeply or too long a number"
-        raise PipelineError(f"{path}, line {number}: not valid JSON ({reason})") from None
+    except ValueError as error:
+        raise PipelineError(f"{path}, line {number}: {error}") from None
+
+
+def parse_row(line: bytes) -> dict[str, Any]:
+    """One line as a JSON object. Raises UnicodeDecodeError, or ValueError whose message is the reason."""
+    try:
+        row = json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise ValueError(json_reason(error)) from None
     if not isinstance(row, dict):
-        raise PipelineError(f"{path}, line {number}: expected a JSON object, found {type(row).__name__}")
+        raise ValueError(f"expected a JSON object, found {type(row).__name__}")
     return row
+
+
+def json_reason(error: Exception) -> str:
+    """What the JSON parser found wrong; a plain ValueError is a number of thousands of digits."""
+    reason = error.msg if isinstance(error, json.JSONDecodeError) else "nested too deeply or too long a number"
+    return f"not valid JSON ({reason})"
 
 
 def read_json(path: Path) -> Any:
@@ -85,6 +102,27 @@ def read_parquet(path: Path, columns: list[str] | None = None) -> Iterator[dict[
         raise PipelineError(f"{path}: damaged Parquet file ({str(error).splitlines()[0]})") from None
 
 
+def read_arrow(path: Path) -> Iterator[dict[str, Any]]:
+    """Rows of an Arrow file, as a stream (what `datasets` writes) or as a file. Raises PipelineError when damaged."""
+    import pyarrow
+
+    try:
+        with pyarrow.memory_map(str(path)) as source:
+            if source.read(6) == b"ARROW1":
+                file = pyarrow.ipc.open_file(source)
+                batches: Iterable[Any] = (file.get_batch(i) for i in range(file.num_record_batches))
+            else:
+                source.seek(max(source.size() - 8, 0))
+                if source.read() != b"\xff\xff\xff\xff\0\0\0\0":  # a cut stream may read as a shorter one
+                    raise ValueError("its end is missing")
+                source.seek(0)
+                batches = pyarrow.ipc.open_stream(source)
+            for batch in batches:
+                yield from batch.to_pylist()
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
+        raise PipelineError(f"{path}: damaged Arrow file ({str(error).splitlines()[0]})") from None
+
+
 def parquet_rows(path: Path) -> int:
     """How many rows a Parquet file holds, from its footer. Raises PipelineError when it is damaged."""
     import pyarrow
@@ -101,6 +139,7 @@ def row_files(folder: Path) -> list[Path]:
     if folder.is_file():
         return [folder]
     found = (p for p in folder.rglob("*") if p.is_file() and p.name.endswith(ROW_SUFFIXES))
+    found = (p for p in found if not any(p.match(name) for name in NOT_ROWS))
     return sorted(p for p in found if not any(part.startswith(".") for part in p.relative_to(folder).parts))
 
 
@@ -110,6 +149,8 @@ def read_rows(path: Path) -> Iterator[dict[str, Any]]:
         yield from read_jsonl(path)
     elif path.suffix == ".parquet":
         yield from read_parquet(path)
+    elif path.suffix == ".arrow":
+        yield from read_arrow(path)
     elif path.suffix == ".json":
         rows = read_json(path)
         if not isinstance(rows, list) or any(not isinstance(row, dict) for row in rows):
