@@ -20,75 +20,140 @@ def entry(term, definition, source="korean_medical_dict", category="human"):
 
 # terms --------------------------------------------------------------------------------------------------
 
+# Real lines: (raw, term), and the gloss where the line has one.
 CLEANED = [
-    ("1. 조 치조 2. 폐포", "조/치조/폐포", ""),
+    # numbering, and the explanation of one of the senses
+    ("1. 조 치조 2. 폐포", "조/치조/폐포"),
     ("1. 첨단농양-기관의 첨단에 위치한 농양. 2. 근첨농양", "첨단농양/근첨농양", "기관의 첨단에 위치한 농양."),
-    # Hanja of the compatibility block become the ordinary ones.
-    ("근위축성 측삭경화증(筋萎縮性 側\uf96a硬化症)", "근위축성 측삭경화증(筋萎縮性 側索硬化症)", ""),
-    ("누골(\uf94e骨)", "누골(漏骨)", ""),
-    ("인(\uf9ee)", "인(燐)", ""),
-    ("(골)수강", "(골)수강", ""),
-    ("(Lactic dehydrogenase LDH)", "(Lactic dehydrogenase LDH)", ""),
-    ("13삼염색체성증후군", "13삼염색체성증후군", ""),
-    ("7일열렙토스피라", "7일열렙토스피라", ""),
-    ("간 스캔", "간 스캔", ""),
-    ("간경변[증]", "간경변[증]", ""),
-    ("각(脚) 경(莖) 병(柄)", "각(脚) 경(莖) 병(柄)", ""),
-    ("감염성계<닭>기관지염", "감염성계<닭>기관지염", ""),
-    ("[원근]조절반사.원근순응반사", "[원근]조절반사.원근순응반사", ""),
-    ("C.G.S단위", "C.G.S단위", ""),
-    ("P.P.D피부검사", "P.P.D피부검사", ""),
-    ("경피적 경혈관 관상동맥확장술=PTCA", "경피적 경혈관 관상동맥확장술=PTCA", ""),
-    ("소〔적혈〕구성빈혈", "소〔적혈〕구성빈혈", ""),
-    ("신체의 일부분에 한정된 마취.", "신체의 일부분에 한정된 마취.", ""),
-    ("펜사이클리딘 피.씨.피.", "펜사이클리딘 피.씨.피.", ""),
-    ("H-Y항원", "H-Y항원", ""),
-    ("Is유전자[군]", "Is유전자[군]", ""),
-    ("거대방광-거대요관증후군", "거대방광-거대요관증후군", ""),
-    ("인두(두)(pharynx). 구협(fauces)", "인두(두)(pharynx). 구협(fauces)", ""),
-    ("간", "간", ""),
+    # synonyms joined by = or by a full stop, which abbreviations have too
+    ("노르아드레날린=노르에피네프린", "노르아드레날린/노르에피네프린"),
+    ("노보카인=프로카인(Procaine)", "노보카인/프로카인(Procaine)"),
+    ("이첨판=승모판(Mitral Valve)", "이첨판/승모판(Mitral Valve)"),
+    ("경피적 경혈관 관상동맥확장술=PTCA", "경피적 경혈관 관상동맥확장술/PTCA"),
+    ("피.씨.피=Pencyclidine", "피.씨.피/Pencyclidine"),
+    ("다형핵백혈구 다형핵구(=PMN)", "다형핵백혈구 다형핵구(=PMN)"),
+    ("축동의(miosis=축동)", "축동의(miosis=축동)"),
+    ("팔꿈치머리. 주두", "팔꿈치머리/주두"),
+    ("폐성심. 폐심장", "폐성심/폐심장"),
+    ("[원근]조절반사.원근순응반사", "[원근]조절반사/원근순응반사"),
+    ("인두(두)(pharynx). 구협(fauces)", "인두(두)(pharynx)/구협(fauces)"),
+    ("신체의 일부분에 한정된 마취.", "신체의 일부분에 한정된 마취"),
+    ("펜사이클리딘 피.씨.피.", "펜사이클리딘 피.씨.피."),
+    ("C.G.S단위", "C.G.S단위"),
+    ("P.P.D피부검사", "P.P.D피부검사"),
+    ("미국약전단위 U.S.P.단위", "미국약전단위 U.S.P.단위"),
+    # Hanja of the compatibility block become the ordinary ones
+    ("근위축성 측삭경화증(筋萎縮性 側\uf96a硬化症)", "근위축성 측삭경화증(筋萎縮性 側索硬化症)"),
+    ("누골(\uf94e骨)", "누골(漏骨)"),
+    ("인(\uf9ee)", "인(燐)"),
+    # brackets of one shape
+    ("소〔적혈〕구성빈혈", "소[적혈]구성빈혈"),
+    ("(Lactic dehydrogenase LDH)", "Lactic dehydrogenase LDH"),
+    # and what must stay as it is
+    ("(골)수강", "(골)수강"),
+    ("(약의)경구복용", "(약의)경구복용"),
+    ("(심장의)세동 섬유성연축", "(심장의)세동 섬유성연축"),
+    ("황반(망막에 존재)", "황반(망막에 존재)"),
+    ("간경변[증]", "간경변[증]"),
+    ("각(脚) 경(莖) 병(柄)", "각(脚) 경(莖) 병(柄)"),
+    ("감염성계<닭>기관지염", "감염성계<닭>기관지염"),
+    ("13삼염색체성증후군", "13삼염색체성증후군"),
+    ("7일열렙토스피라", "7일열렙토스피라"),
+    ("활로 4징", "활로 4징"),
+    ("텍크니슘 99mm", "텍크니슘 99mm"),
+    ("간 스캔", "간 스캔"),
+    ("H-Y항원", "H-Y항원"),
+    ("거대방광-거대요관증후군", "거대방광-거대요관증후군"),
+    ("인슐린-의존성당뇨병", "인슐린-의존성당뇨병"),
+    ("비-A형 비-B형간염", "비-A형 비-B형간염"),
+    ("인자Ⅸ복합체", "인자Ⅸ복합체"),
+    ("간", "간"),
 ]
 MORE = [
-    ("  간경변  ", "간경변", ""),
-    ("흉관  삽입", "흉관 삽입", ""),
-    ("계단\u200b전등", "계단전등", ""),
-    (unicodedata.normalize("NFD", "간염"), "간염", ""),
-    ("1. 판 판막 2. 밸브", "판/판막/밸브", ""),
-    ("1. 판 2. 판", "판", ""),
-    ("1. 흉터 반흔 2. 흔적", "흉터/반흔/흔적", ""),
-    ("1.5 테슬라 자기공명영상", "1.5 테슬라 자기공명영상", ""),
-    ("2. 폐포", "2. 폐포", ""),
-    ("제Ⅱ형 당뇨병", "제Ⅱ형 당뇨병", ""),
-    ("β-차단제", "β-차단제", ""),
-    ("1. α1-항트립신 결핍증 2. 폐기종", "α1-항트립신/결핍증/폐기종", ""),
+    ("  간경변  ", "간경변"),
+    ("흉관  삽입", "흉관 삽입"),
+    ("계단\u200b전등", "계단전등"),
+    (unicodedata.normalize("NFD", "간염"), "간염"),
+    ("1. 판 판막 2. 밸브", "판/판막/밸브"),
+    ("1. 판 2. 판", "판"),
+    ("1. 흉터 반흔 2. 흔적", "흉터/반흔/흔적"),
+    ("1) 조 치조 2) 폐포", "조/치조/폐포"),
+    ("①조 치조 ②폐포", "조/치조/폐포"),
+    ("1. 인자 12. 2. 혈장", "인자/12./혈장"),  # 12 does not follow 1
+    ("1.5 테슬라 자기공명영상", "1.5 테슬라 자기공명영상"),
+    ("2. 폐포", "2. 폐포"),
+    ("제Ⅱ형 당뇨병", "제Ⅱ형 당뇨병"),
+    ("β-차단제", "β-차단제"),
+    ("p=0.05", "p=0.05"),
+    ("T/NK-세포 림프종", "T/NK-세포 림프종"),
+    ("양구()", "양구"),  # an export lost the Hanja
+    ("（골）수강＝골강", "(골)수강/골강"),
+    ("1. α1-항트립신 결핍증 2. 폐기종", "α1-항트립신/결핍증/폐기종"),
     (
         "1. 누공-두 장기 또는 장기와 피부 사이에 비정상으로 뚫린 길. 2. 샛길",
         "누공/샛길",
         "두 장기 또는 장기와 피부 사이에 비정상으로 뚫린 길.",
     ),
-    ("", "", ""),
+    ("()", ""),
+    ("", ""),
 ]
 
 
-@pytest.mark.parametrize("raw, term, gloss", CLEANED + MORE)
+@pytest.mark.parametrize("raw, term, gloss", [(*row, "")[:3] for row in CLEANED + MORE])
 def test_terms(raw, term, gloss):
-    assert clean_term(raw) == (term, gloss)
+    assert clean_term(raw)[:2] == (term, gloss)
+
+
+@pytest.mark.parametrize(
+    "raw, aliases",
+    [
+        ("1. 조 치조 2. 폐포", ["조", "치조", "폐포"]),
+        ("노보카인=프로카인(Procaine)", ["노보카인", "프로카인(Procaine)", "프로카인"]),
+        ("간경변[증]", ["간경변", "간경변증"]),
+        ("[뇌척]수막염", ["수막염", "뇌척수막염"]),
+        ("다발[성]경화[증]", ["다발경화", "다발성경화증"]),
+        ("망상성[형][정신]분열병", ["망상성분열병"]),
+        ("돈<돼지>콜레라", ["돈콜레라", "돼지콜레라"]),
+        ("잠재성<특발성>패혈증", ["잠재성패혈증", "특발성패혈증"]),
+        ("전염성돈<돼지>뇌척수염", ["전염성돈뇌척수염"]),  # what it replaces cannot be told
+        ("(골)수강", ["수강", "골수강"]),
+        ("무통(증)", ["무통", "무통증"]),
+        ("(약의)경구복용", ["경구복용"]),
+        ("악어눈물(거짓눈물)증후군", ["악어눈물증후군"]),
+        ("모세(혈)관", ["모세관"]),
+        ("각(脚)", ["각"]),
+        ("근위축성 측삭경화증(筋萎縮性 側索硬化症)", ["근위축성 측삭경화증"]),
+        ("황달(jaundice)", ["황달"]),
+        ("폐포자충증(J17.3*)", ["폐포자충증"]),
+        ("기생(증) 기생생활", []),  # two words; the bracket belongs to the first
+        ("감염 전염 오염[발효]", []),
+        ("간 스캔", []),
+        ("T/NK-세포 림프종", []),
+    ],
+)
+def test_plain_spellings_are_aliases(raw, aliases):
+    assert list(clean_term(raw).aliases) == aliases
 
 
 def test_noisy_terms_lose_nothing():
     if not NOISY.is_file():
         pytest.skip("the noisy term list is not here")
     lines = NOISY.read_text(encoding="utf-8").splitlines()
-    assert len(lines) == 6072 and {raw for raw, _, _ in CLEANED} <= set(lines)
+    assert len(lines) == 6072 and len(CLEANED) >= 40 and {row[0] for row in CLEANED} <= set(lines)
     for line in lines:
-        term, gloss = clean_term(line)
+        term, gloss, aliases = clean_term(line)
         plain = unicodedata.normalize("NFC", line)
         if re.match(r"1\. ", plain):
             plain = re.sub(r"(^|\s)\d\.\s", " ", plain)
         letters = Counter(c for c in plain if c.isalnum())
         assert term and Counter(c for c in term + gloss if c.isalnum()) == letters, line
+        assert all(Counter(c for c in alias if c.isalnum()) <= letters for alias in aliases), line
+        assert not re.search(r"[=〔〕]|^\d\. |[가-힣]{2}\.", re.sub(r"\(.*?\)", "", term)), line
+    # Cleaning the lines once more changes nothing.
+    for line in lines:
+        assert clean_term(clean_term(line).term).term == clean_term(line).term, line
     merged, counts = merge(entry(line, "A definition") for line in lines)
-    assert {m.term for m in merged} == {clean_term(line)[0] for line in lines}
+    assert {m.term for m in merged} == {clean_term(line).term for line in lines}
     assert not [reason for reason in counts if reason.startswith("dropped") and reason != "dropped: same sense"]
 
 
@@ -105,6 +170,7 @@ def test_noisy_terms_lose_nothing():
         ("Edema", "Edema"),
         ("한 줄\n두 줄", "한 줄 두 줄"),
         ("골밀도 T값이 ≤ -2.5", "골밀도 T값이 ≤ -2.5"),
+        ("-2.5 이하", "-2.5 이하"),
         ("  ", ""),
     ],
 )
@@ -136,13 +202,43 @@ def test_every_sense_in_order_of_source():
     assert counts == {"read": 7, "dropped: same sense": 2, "kept terms": 2, "kept senses": 5}
 
 
+def test_a_numbered_definition_is_as_many_senses():
+    """So that joined senses are numbered once, and a sense that another source repeats is not told twice."""
+    (row,), counts = merge(
+        [entry("경련", "1. Convulsion 2. Spasm"), entry("경련", "spasm", "bilingual_ko_en"), entry("경련", "Cramp")]
+    )
+    assert row.row()["definition"] == "1. Convulsion 2. Spasm 3. Cramp" and row.row()["senses"] == 3
+    assert counts == {"read": 3, "dropped: same sense": 1, "kept terms": 1, "kept senses": 2}
+    (row,), _ = merge([entry("경련", "1. Convulsion 2. Spasm")])
+    assert row.row()["definition"] == "1. Convulsion 2. Spasm" and row.row()["senses"] == 2
+    assert reversible([row.row()]) == []
+
+
+def test_korean_and_english_definitions_are_both_kept():
+    (row,), _ = merge(
+        [
+            entry("간경변[증]", "간이 굳는 병."),
+            entry("간경변〔증〕", "Liver cirrhosis", "bilingual_en_ko"),
+            entry("간경변[증] ", "肝硬變", "bilingual_ko_en"),
+        ]
+    )
+    assert row.row() == {
+        "term": "간경변[증]",
+        "definition": "1. 간이 굳는 병. 2. Liver cirrhosis 3. 肝硬變",
+        "senses": 3,
+        "source": ["korean_medical_dict", "bilingual_en_ko", "bilingual_ko_en"],
+        "category": ["human"],
+        "aliases": ["간경변", "간경변증"],
+    }
+
+
 def test_a_bare_equivalent_and_its_detail_are_one_sense_in_either_order():
     for definitions in (
         ["Rabies", "Rabies\n 세부설명 : 물려 옮는 병."],
         ["Rabies\n 세부설명 : 물려 옮는 병.", "rabies"],
     ):
         rows, counts = merge(entry("광견병", d) for d in definitions)
-        assert rows[0].senses == ["Rabies - 물려 옮는 병."] and counts["dropped: same sense"] == 1
+        assert rows[0].senses() == ["Rabies - 물려 옮는 병."] and counts["dropped: same sense"] == 1
 
 
 def test_a_gloss_goes_to_the_definition():
@@ -182,15 +278,44 @@ def test_reversible_names_exactly_one_term():
 
 
 def test_symbols_are_counted_with_their_meaning():
-    rows, unknown = count_symbols(["TSH ↓, T4 ↑, 젖산 ↑", "38℃ ≥ 37℃ ↑", "☃ ☃ ⇑ 가나다 abc 123 , . ( )"])
-    assert [(r["term"], r["count"]) for r in rows] == [("↑", 3), ("℃", 2), ("↓", 1), ("≥", 1)]
+    rows, unknown = count_symbols(
+        ["TSH ↓, T4 ↑, 젖산 ↑", "38℃ ≥ 37℃ ↑ ５０％", "☃ ☃ ⇝ ⅷ ϟ 가나다 abc 123 , . ( ) é 漢 「」"]
+    )
+    assert [(r["term"], r["count"]) for r in rows] == [("↑", 3), ("℃", 2), ("ⅷ", 1), ("↓", 1), ("≥", 1), ("％", 1)]
     assert rows[0]["definition"] == "increased, elevated, or upward trend"
-    assert unknown == {"☃": 2, "⇑": 1}  # reported, not dropped
+    assert rows[-1]["definition"] == "percent; parts per hundred"  # the wide form means the same
+    assert unknown == {"☃": 2, "⇝": 1, "ϟ": 1}  # reported, not dropped
+
+
+@pytest.mark.parametrize("character", "+^％↑⇝Ⅱⅳ①½²₂αΩµ℃㎎‰†·※ℓªⁿ₩*/")
+def test_what_is_a_symbol(character):
+    assert dictionary.is_symbol(character)
+
+
+@pytest.mark.parametrize("character", "aZ7간ㄱ漢éあ .,:;!?'\"-_()[]{}<“”‘’「」、。".replace("<", ""))
+def test_what_is_no_symbol(character):
+    assert not dictionary.is_symbol(character)
 
 
 def test_the_symbol_table_is_whole():
     table = json.loads(dictionary.SYMBOLS.read_text(encoding="utf-8"))
-    assert all(set(row) >= {"term", "definition"} and len(row["definition"]) >= 4 for row in table)
+    assert all(set(row) == {"term", "definition"} and len(row["definition"]) >= 4 for row in table)
     terms = [row["term"] for row in table]
-    assert len(terms) == len(set(terms)) >= 27 and all(len(t) == 1 for t in terms)
+    assert len(terms) == len(set(terms)) >= 300 and all(len(t) == 1 for t in terms)
+    assert all(unicodedata.normalize("NFC", t) == t for t in terms)  # as the normalised texts have them
     assert records.read_json(dictionary.SYMBOLS) == table
+
+
+def test_symbols_of_korean_exams_are_explained():
+    meanings = {row["term"]: row["definition"] for row in records.read_json(dictionary.SYMBOLS)}
+    expected = {
+        "↑": "increased", "↓": "decreased", "→": "leads to", "≥": "at least", "≤": "at most", "≒": "approximately",
+        "±": "borderline", "+": "positive", "−": "negative", "^": "power", "～": "range", "×": "times", "℃": "Celsius",
+        "㎎": "milligram", "㎖": "milliliter", "㎗": "deciliter", "ℓ": "liter", "㎜": "millimeter", "㎣": "cubic",
+        "㎡": "body surface", "μ": "micro", "α": "alpha", "β": "beta", "γ": "gamma", "κ": "kappa", "Δ": "change",
+        "Ⅱ": "optic", "Ⅲ": "oculomotor", "Ⅵ": "abducens", "Ⅶ": "facial", "Ⅷ": "coagulation factor VIII",
+        "Ⅸ": "coagulation factor IX", "Ⅹ": "vagus", "①": "circled one", "㉠": "giyeok", "♂": "male", "♀": "female",
+        "†": "deceased", "※": "note", "■": "affected male", "□": "unaffected male", "●": "affected female",
+        "#": "tooth", "㏉": "absorbed", "㏜": "equivalent", "℞": "prescription", "³": "cubed", "⁺": "positive charge",
+    }  # fmt: skip
+    assert {term: meanings[term] for term in expected if expected[term] not in meanings[term]} == {}

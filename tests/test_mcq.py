@@ -304,12 +304,55 @@ def test_option_text(output, letter):
     assert extract_answer(output, ITEM).letter == letter
 
 
+def test_option_text_that_is_a_sentence():
+    item = {"A": "협심증이다.", "B": "rifapentine을 쓴다.", "C": "지켜본다", "D": "수술한다."}
+    assert extract_answer("정답은 **B. rifapentine을 쓴다.**입니다.", item).letter == "B"
+    assert extract_answer("정답은 B. rifapentine을 쓴다입니다.", item).letter == "B"
+    assert extract_answer("정답은 C. rifapentine을 쓴다.", item).letter is None
+    assert extract_answer("B. rifapentine을 쓴다.", item) == ("B", mcq.WITH_TEXT)
+
+
 def test_options_that_are_numbers():
     item = {"A": "34.9%", "B": "3", "C": "2", "D": "2번"}
     assert extract_answer("A: 34.9%").letter is None, "a value says nothing without the options"
     assert extract_answer("A: 34.9%", item).letter == "A"
     assert extract_answer("정답: 2", item) == (None, mcq.OPTION_TEXT)
     assert extract_answer("2번", item) == (None, mcq.OPTION_TEXT)
+
+
+@pytest.mark.parametrize(
+    ("text", "letter"),
+    [
+        ("첫째: 흉통이다.\n따라서 정답은 B이다.", "B"),
+        ("ST분절이 올라가므로 B가 정답이다.", None),  # the B of "비타민 B가 정답" looks the same
+        ("ST분절이 올라간다. B가 정답이다.", "B"),
+        ("<reasoning>정답은 B</reasoning>", "B"),  # inside the reasoning too
+        ("A는 심장이 멎지 않는다. B) 심근경색\nC) 폐렴", "nothing"),
+        ("정답은 A가 아니다.", None),
+        ("정답은 A이다. 정답은 B이다.", None),
+        ("정답: F", None),
+        ("", "nothing"),
+    ],
+)
+def test_stated_answer(text, letter):
+    found = mcq.stated_answer(text, FOUR)
+    if letter == "nothing":
+        assert found is None
+    else:
+        assert (found.letter if found else None) == letter
+
+
+def test_item_key_is_of_the_question_and_the_set_of_options():
+    item = read()
+    same = [
+        read(question="가장  알맞은\n치료는 ?"),
+        read(A="와파린", C="아스피린", answer=1),
+        read(A="아스피린.", D="수 술"),
+        read(year=2019, q_number=99, answer=1),
+    ]
+    assert {mcq.item_key(other) for other in same} == {mcq.item_key(item)}
+    for changed in (read(E="absent"), read(question="가장 나쁜 치료는?"), read(A="아스피린 100 ㎎"), read(A="↑")):
+        assert mcq.item_key(changed) != mcq.item_key(item)
 
 
 def test_every_letter_in_every_layout():

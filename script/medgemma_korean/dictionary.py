@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from medgemma_korean import records
 from medgemma_korean.text.clean import normalise_line
@@ -29,54 +30,110 @@ class Entry:
 
 @dataclass
 class Merged:
-    """A refined term with its senses in order of source."""
+    """A refined term with its definitions in order of source."""
 
     term: str
-    senses: list[str] = field(default_factory=list)
+    definitions: list[str] = field(default_factory=list)
     sources: list[str] = field(default_factory=list)
     categories: list[str] = field(default_factory=list)
+    aliases: list[str] = field(default_factory=list)
+
+    def add(self, definition: str) -> bool:
+        """Keep a definition; False where it says nothing new, as "Rabies" beside "Rabies - …" in either order."""
+        new = definition.casefold()
+        known = [old.casefold() for old in self.definitions]
+        said = {*known, *(sense.casefold() for sense in self.senses())}
+        if new in said or any(old.startswith(f"{new} - ") for old in known):
+            return False
+        bare = next((i for i, old in enumerate(known) if new.startswith(f"{old} - ")), None)
+        if bare is None:
+            self.definitions.append(definition)
+            return True
+        self.definitions[bare] = definition
+        return False
+
+    def senses(self) -> list[str]:
+        """The definitions, those that are numbered themselves in their parts."""
+        return [sense for definition in self.definitions for sense in numbered(definition) or [definition]]
 
     def row(self) -> dict[str, Any]:
-        text = self.senses[0]
-        if len(self.senses) > 1:
-            text = " ".join(f"{i}. {sense}" for i, sense in enumerate(self.senses, 1))
+        senses = self.senses()
+        text = self.definitions[0]
+        if len(self.definitions) > 1:
+            text = " ".join(f"{i}. {sense}" for i, sense in enumerate(senses, 1))
         return {
             "term": self.term,
             "definition": text,
-            "senses": len(self.senses),
+            "senses": len(senses),
             "source": self.sources,
             "category": self.categories,
+            **({"aliases": self.aliases} if self.aliases else {}),
         }
 
 
 # cleaning -----------------------------------------------------------------------------------------------
 
-_NUMBERED = re.compile(r"(?:^|\s)(\d{1,2})\.(?!\d)\s*(?=\S)")  # "1. 폐포", not "1.5 테슬라"
+_WIDE = str.maketrans("（）［］〔〕＜＞＝", "()[][]<>=")
+_NUMBER = re.compile(r"(?:^|\s)(\d{1,2})[.)](?!\d)(?=\s*\S)")  # "1. 폐포", not "1.5 테슬라"
+_CIRCLED = re.compile("[①-⑨]")
 _GLOSS = re.compile(r"^(?P<term>[^-–—:]{1,40}?)\s*[-–—:]\s*(?P<gloss>.{8,})$")
-_SENTENCE = re.compile(r"(?:다|함|음|임|것|[은는을를의된한한])\.?(?:\s|$)")
+_SENTENCE = re.compile(r"(?:다|함|음|임|것|[은는을를의된한])\.?(?:\s|$)")
+# What a full stop may follow: a word of two syllables or a bracket. Those of "피.씨.피." and "C.G.S단위" are no stops.
+_WORD_ENDS = r"(?:(?<=[가-힣][가-힣])|(?<=[)\]]))"
+_STOP_BETWEEN = re.compile(rf"{_WORD_ENDS}\.\s*(?=[가-힣(\[]{{2}})")
+_STOP_AT_END = re.compile(rf"{_WORD_ENDS}\.$")
+_EQUALS = re.compile(r"(?<=\S)\s*=\s*(?=[^\s\d])(?![^(]*\))")  # outside brackets
+_EMPTY = re.compile(r"\( ?\)|\[ ?\]|< ?>")  # of Hanja that an export lost
+_IN_BRACKETS = re.compile(r"\(([^()]{2,})\)")
+_HANGUL = re.compile("[가-힣]")
+_GROUP = re.compile(r"\[[^][]*\]|<[^<>]*>|\([^()]*\)")
 
 
-def clean_term(term: str) -> tuple[str, str]:
-    """A dictionary headword without numbering, and the gloss that stood inside it ("" where there was none).
+class Headword(NamedTuple):
+    """term: cleaned. gloss: the explanation that stood inside it. aliases: plain spellings, where it has variants."""
+
+    term: str
+    gloss: str = ""
+    aliases: tuple[str, ...] = ()
+
+
+def clean_term(raw: str) -> Headword:
+    """A dictionary headword without numbering and stray punctuation.
 
     `1. 조 치조 2. 폐포` -> `조/치조/폐포`; `1. 첨단농양-기관의 첨단에 위치한 농양. 2. 근첨농양` ->
-    `첨단농양/근첨농양` with its gloss. Unnumbered terms keep spaces, brackets and Hanja: `간 스캔`, `(골)수강`.
+    `첨단농양/근첨농양` with its gloss. Synonyms on both sides of `=` or of a full stop (`팔꿈치머리. 주두`) get the
+    same slash. All else stays: `간 스캔`, `간경변[증]`, `각(脚)`, also `(약의)경구복용`: "(신장의)결석" is not 결석.
     """
-    term = normalise_line(term)
-    marks = list(_NUMBERED.finditer(term))
-    if not marks or marks[0].start() != 0 or marks[0].group(1) != "1":
-        return term, ""
+    term = _EMPTY.sub("", normalise_line(raw).translate(_WIDE)).strip()
+    if _CIRCLED.match(term):
+        term = _CIRCLED.sub(lambda mark: f" {ord(mark[0]) - ord('①') + 1}. ", term).strip()
+    parts = numbered(term)
     pieces, glosses = [], []
-    bounds = [m.end() for m in marks]
-    ends = [m.start() for m in marks[1:]] + [len(term)]
-    for start, end in zip(bounds, ends, strict=True):
-        piece = term[start:end].strip()
-        gloss = _GLOSS.match(piece)
+    for part in parts or [term]:
+        gloss = _GLOSS.match(part) if parts else None
         if gloss and _is_gloss(gloss["gloss"]):
             glosses.append(gloss["gloss"].strip())
-            piece = gloss["term"]
-        pieces += piece.split()
-    return "/".join(dict.fromkeys(pieces)), " ".join(glosses)
+            part = gloss["term"]
+        # Spaces separate synonyms only where numbers do too.
+        for word in part.split() if parts else [part]:
+            word = _IN_BRACKETS.sub(r"\1", word) if _IN_BRACKETS.fullmatch(word) else word
+            pieces += _EQUALS.sub("\n", _STOP_BETWEEN.sub("\n", _STOP_AT_END.sub("", word))).split("\n")
+    pieces = list(dict.fromkeys(piece.strip() for piece in pieces if piece.strip()))
+    term = "/".join(pieces)
+    spellings = [*(pieces if len(pieces) > 1 else []), *(s for piece in pieces for s in _spellings(piece))]
+    return Headword(term, " ".join(glosses), tuple(s for s in dict.fromkeys(spellings) if s != term))
+
+
+def numbered(text: str) -> list[str]:
+    """The parts of `1. … 2. …` without their numbers; [] for a text that does not begin with 1."""
+    marks: list[re.Match[str]] = []
+    for mark in _NUMBER.finditer(text):
+        if int(mark[1]) == len(marks) + 1:
+            marks.append(mark)
+    if not marks or marks[0].start() != 0:
+        return []
+    ends = [mark.start() for mark in marks[1:]] + [len(text)]
+    return [text[mark.end() : end].strip() for mark, end in zip(marks, ends, strict=True)]
 
 
 def _is_gloss(text: str) -> bool:
@@ -84,9 +141,38 @@ def _is_gloss(text: str) -> bool:
     return text.endswith(".") or text.count(" ") >= 2 or _SENTENCE.search(text) is not None
 
 
+def _spellings(term: str) -> list[str]:
+    """How a term with brackets is also written: without what they hold, and with it where that is sure.
+
+    `간경변[증]` is 간경변 and 간경변증, `돈<돼지>콜레라` 돈콜레라 and 돼지콜레라, `(골)수강` 수강 and 골수강,
+    `각(脚)` 각.
+    """
+    groups = _GROUP.findall(term)
+    plain = " ".join(_GROUP.sub("", term).split())
+    if not groups or not plain:
+        return []
+    if " " in plain:  # `기생(증) 기생생활` are two words; only Hanja or English behind a phrase belong to the whole
+        behind = len(groups) == 1 and term.endswith(")") and not _HANGUL.search(groups[0])
+        return [plain] if behind else []
+    found = [plain]
+    if "][" not in term:  # [형][정신] are alternatives
+        found.append(re.sub(r"\[([가-힣]{1,2})\]", r"\1", term))
+    if len(groups) == 1:
+        found.append(re.sub(r"^\(([가-힣])\)|\(([증술골법상사부성물학])\)$", r"\1\2", term))
+        # It replaces the syllable before it, or the whole word when that is no longer than itself.
+        found.append(re.sub(r"[가-힣]<([가-힣])>|^([가-힣]+)<([가-힣]+)>", _replaced, term))
+    return [spelling for spelling in found if not _GROUP.search(spelling)]
+
+
+def _replaced(match: re.Match[str]) -> str:
+    if match[1]:
+        return match[1]
+    return match[3] if len(match[2]) <= len(match[3]) else match[0]
+
+
 def clean_definition(definition: str) -> str:
     """One line; the Korean detail follows the equivalent after " - "."""
-    return normalise_line(DETAIL.sub(" - ", definition.strip())).strip(" -")
+    return " - ".join(filter(None, map(normalise_line, DETAIL.split(definition.strip()))))
 
 
 def merge(entries: Iterable[Entry], veterinary: bool = True) -> tuple[list[Merged], Counter[str]]:
@@ -98,7 +184,7 @@ def merge(entries: Iterable[Entry], veterinary: bool = True) -> tuple[list[Merge
         if entry.category == "veterinary" and not veterinary:
             counts["dropped: veterinary"] += 1
             continue
-        term, gloss = clean_term(entry.term)
+        term, gloss, aliases = clean_term(entry.term)
         definition = clean_definition(entry.definition)
         if gloss:
             definition = f"{definition} - {gloss}" if definition else gloss
@@ -112,21 +198,15 @@ def merge(entries: Iterable[Entry], veterinary: bool = True) -> tuple[list[Merge
             counts["dropped: definition equals term"] += 1
             continue
         target = merged.setdefault(term, Merged(term))
-        known = {sense.casefold() for sense in target.senses}
-        # A detailed sense that begins with the bare equivalent already holds it.
-        if definition.casefold() in known or any(s.startswith(f"{definition.casefold()} - ") for s in known):
+        if not target.add(definition):
             counts["dropped: same sense"] += 1
-        elif bare := [i for i, s in enumerate(target.senses) if definition.casefold().startswith(f"{s.casefold()} - ")]:
-            target.senses[bare[0]] = definition
-            counts["dropped: same sense"] += 1
-        else:
-            target.senses.append(definition)
         for value, values in ((entry.source, target.sources), (entry.category, target.categories)):
             if value not in values:
                 values.append(value)
+        target.aliases += [alias for alias in aliases if alias not in target.aliases]
     kept = list(merged.values())
     counts["kept terms"] = len(kept)
-    counts["kept senses"] = sum(len(m.senses) for m in kept)
+    counts["kept senses"] = sum(len(m.definitions) for m in kept)
     return kept, counts
 
 
@@ -138,22 +218,35 @@ def reversible(rows: list[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
 
 # symbols ------------------------------------------------------------------------------------------------
 
+# Categories of characters that are symbols: signs, numbers that are no digits, and punctuation outside this list.
+_SIGNS = ("So", "Sm", "Sc", "Sk", "No", "Nl", "Po", "Pd", "Pc")
+_PUNCTUATION = frozenset(".,:;!?'\"`-_‐‑—―\\@¡¿‘’“”、。，．：；！？＂＇｀－＿＠")
+# Letters by category that stand for something: Greek, units such as ℓ, raised ones.
+_LETTER_SIGNS = ("GREEK", "MICRO", "SCRIPT", "ANGSTROM", "OHM", "SUPERSCRIPT", "FEMININE", "MASCULINE", "MODIFIER")
+
+
+def is_symbol(character: str) -> bool:
+    """A character whose meaning one has to know: neither a letter, a digit, a bracket nor everyday punctuation."""
+    kind = unicodedata.category(character)
+    if kind[0] == "L":
+        return not character.isascii() and unicodedata.name(character, "").startswith(_LETTER_SIGNS)
+    return kind in _SIGNS and character not in _PUNCTUATION
+
 
 def count_symbols(texts: Iterable[str]) -> tuple[list[dict[str, Any]], Counter[str]]:
-    """The known symbols that occur in the texts, most frequent first, with meaning and count; and the unknown ones.
+    """The symbols of the texts that have a meaning, most frequent first, with it and their count; and the others.
 
-    Unknown are characters of symbol categories (So, Sm, No, Sk) that the table does not explain: reported, not dropped.
+    Full-width forms (％) mean what their ordinary form does. Those without a meaning are reported, not dropped.
     """
-    from unicodedata import category
-
-    meanings = {row["term"]: row["definition"] for row in records.read_json(SYMBOLS)}
     counts: Counter[str] = Counter()
     for text in texts:
-        counts.update(c for c in text if not c.isalnum() or c in meanings)
-    known = [(c, n) for c, n in counts.items() if c in meanings]
-    rows = [
-        {"term": c, "definition": meanings[c], "count": n}
-        for c, n in sorted(known, key=lambda item: (-item[1], item[0]))
-    ]
-    unknown = {c: n for c, n in counts.items() if c not in meanings and category(c) in ("So", "Sm", "No", "Sk")}
-    return rows, Counter(unknown)
+        counts.update(text)
+    meanings = {row["term"]: row["definition"] for row in records.read_json(SYMBOLS)}
+    rows, unknown = [], Counter()
+    for character, count in sorted(counts.items(), key=lambda item: (-item[1], item[0])):
+        meaning = meanings.get(character) or meanings.get(unicodedata.normalize("NFKC", character))
+        if meaning:
+            rows.append({"term": character, "definition": meaning, "count": count})
+        elif is_symbol(character):
+            unknown[character] = count
+    return rows, unknown

@@ -74,10 +74,10 @@ def read_raw_item(
     if wrong:
         raise PipelineError(f"{where}: {', '.join(wrong)}: expected text, found {type(row[wrong[0]]).__name__}")
 
-    exam = _text(row[exam_column], normalise, " ")
+    exam = cell_text(row[exam_column], normalise, " ")
     key = {column: _whole_number(row[column]) for column in KEY_COLUMNS}
-    question = _text(row["question"], normalise, "\n")
-    options = {letter: _text(row.get(letter), normalise, " ") for letter in LETTERS}
+    question = cell_text(row["question"], normalise, "\n")
+    options = {letter: cell_text(row.get(letter), normalise, " ") for letter in LETTERS}
     if not options["E"]:
         del options["E"]
     answer = _answer_letter(row["answer"], "".join(options))
@@ -99,17 +99,24 @@ def read_raw_item(
 
     item = {"id": "-".join([exam, *map(str, key.values())]), "exam": exam, "question": question, **options}
     item["answer"] = answer
-    if reasoning := _text(row.get("cot"), normalise, "\n"):
+    if reasoning := cell_text(row.get("cot"), normalise, "\n"):
         item["reasoning"] = reasoning
     return item
 
 
-def _text(value: Any, normalise: Callable[[str], str], joint: str) -> str:
+def cell_text(value: Any, normalise: Callable[[str], str], joint: str) -> str:
     """The value's non-empty lines, each normalised, joined by `joint`; "" for None and NaN (an empty CSV cell)."""
     if value is None or value != value:
         return ""
     lines = (normalise(line) for line in str(value).splitlines())
     return joint.join(line for line in lines if line.strip()).strip()
+
+
+def item_key(item: Mapping[str, Any]) -> tuple[str, frozenset[str]]:
+    """Folded question and folded set of options: equal for the same question in another order, spacing or width."""
+    from medgemma_korean.text.decontaminate import fold
+
+    return fold(item["question"]), frozenset(fold(item[letter]) for letter in letters_of(item))
 
 
 def _whole_number(value: Any) -> int | None:
@@ -206,9 +213,22 @@ def extract_answer(output: str, item: Mapping[str, Any] | None = None, letters: 
     text = _plain(answer)
     if not text:
         return Extraction(None, EMPTY)
-    options = {letter: _plain(str(item[letter])) for letter in letters_of(item)} if item else {}
+    options = _plain_options(item)
     letters = "".join(options) or letters
     return _marked_answer(text, options, letters) or _first_line_answer(text, options, letters)
+
+
+def stated_answer(text: str, item: Mapping[str, Any]) -> Extraction | None:
+    """What a text, reasoning included, states as the answer ("정답은 B", "B가 정답"); None where it states nothing.
+
+    The letter is None where it states two answers, denies one, or names a letter that is no option.
+    """
+    options = _plain_options(item)
+    return _marked_answer(_plain(text), options, "".join(options))
+
+
+def _plain_options(item: Mapping[str, Any] | None) -> dict[str, str]:
+    return {letter: _plain(str(item[letter])) for letter in letters_of(item)} if item else {}
 
 
 def _after_reasoning(text: str) -> str | None:
@@ -345,7 +365,11 @@ def _is_option_text(line: str, letter: str, options: Mapping[str, str]) -> bool:
 
 def _same_text(text: str, option: str) -> bool:
     def fold(value: str) -> str:
-        return re.sub(r"\s|(?:입니다|이다)?[.!]?\s*$", "", value).casefold().strip("\"'")
+        value = re.sub(r"\s", "", value)
+        for _ in range(2):  # "... 줄인다." + "입니다."
+            value = value.rstrip(".!")
+            value = value.removesuffix("입니다") if value.endswith("입니다") else value.removesuffix("이다")
+        return value.rstrip(".!").casefold().strip("\"'")
 
     return fold(text) == fold(option)
 
