@@ -2,7 +2,7 @@
 # Set up the environment, check style, run the fast tests and then the slow ones; any failure is a failure.
 #
 #   tests/run_tests.sh                  # from any folder
-#   tests/run_tests.sh --full           # the benchmarks and, where there is a GPU, its tests too
+#   tests/run_tests.sh --full           # series of kills, the benchmarks and, where there is a GPU, its tests too
 #   tests/run_tests.sh -k tokenizer     # other arguments go to pytest
 set -uo pipefail
 
@@ -27,9 +27,10 @@ tests() {  # pytest, for which "no test was selected" is no failure: -k may sele
 
 check "style" "$python" -m ruff check .
 check "format" "$python" -m ruff format --check .
-check "fast tests" tests -m "not slow and not gpu" "$@"
-check "slow tests" tests -m "slow" "$@"
+check "fast tests" tests -m "not slow and not full and not gpu" "$@"
+check "slow tests" tests -m "slow and not full and not gpu" "$@"
 if [[ $full ]]; then
+  check "series" tests -m "full" "$@"
   [[ ! -d tests/bench ]] || check "benchmarks" "$python" -m pytest tests/bench "$@"
   ! command -v nvidia-smi > /dev/null || check "GPU tests" tests -m "gpu and not slow" "$@"
 fi

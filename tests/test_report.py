@@ -207,3 +207,11 @@ def test_the_card_of_a_model_within_chance(paths):
         paths, tf.profile(), "p", INFO, evaluation, paths.raw_lora_added / "base", paths.trained_02
     )
     assert "so this is within chance" in text
+
+
+def test_rationales_are_told_with_their_share_of_the_rows():
+    assert report.rationale_line(tf.paths()) == "rationales: 0, detailed form: 0 %"
+    paths = tf.paths()
+    counts = {"train": {"read": 100, "kept": 75}, "rationales": 25}
+    records.write_json(paths.record("refine_02_kor_med_test"), {"counts": counts})
+    assert report.rationale_line(paths) == "rationales: 25, detailed form: 25 %"

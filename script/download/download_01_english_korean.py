@@ -130,9 +130,9 @@ def main(argv: list[str] | None = None) -> int:
     cli.start_logging(paths, "download_01_english_korean")
     wants = wanted(args, paths)
     origins, changed = hub.ensure(wants, args, paths, "download_01_english_korean")
+    changed |= hub.altered(paths.record("download_01_english_korean"), args.force)
     for want in (w for w in wants if w.source.place == "url"):
         target = paths.raw / want.source.folder
-        changed |= hub.outdated(want, origins, paths.record("download_01_english_korean"), args.force)
         if changed or not (target / "train.jsonl").is_file():
             try:
                 pairs = unpack(archive_in(want.target, origins[want.source.key]), target)

@@ -100,7 +100,7 @@ def main(argv: list[str] | None = None) -> int:
     folder = paths.raw_mcq
     wants = wanted(args, paths)
     origins, changed = hub.ensure(wants, args, paths, "download_02_kor_med_test")
-    changed |= any(hub.outdated(want, origins, paths.record("download_02_kor_med_test"), args.force) for want in wants)
+    changed |= hub.altered(paths.record("download_02_kor_med_test"), args.force)
     missing = [show(folder / f"{split}.jsonl") for split in SPLITS if not (folder / f"{split}.jsonl").is_file()]
     if wants and (changed or missing):
         part = folder.with_name(f".{folder.name}.partial")

@@ -72,10 +72,11 @@ def check(source: Source, folder: Path, warnings: list[str]) -> dict[str, int]:
 
 def get(source: Source, args: argparse.Namespace, paths: RunPaths) -> int:
     target = paths.raw / source.folder
+    name = f"download_instruction.{source.key}"
     wants = [hub.want(paths, source, target, "download_instruction", "--key", source.key)]
-    origins, changed = hub.ensure(wants, args, paths, "download_instruction")
+    origins, changed = hub.ensure(wants, args, paths, "download_instruction", name)
     stage = Stage(
-        f"download_instruction.{source.key}",
+        name,
         paths,
         outputs=[target],
         inputs=[Input(source.key, target)],

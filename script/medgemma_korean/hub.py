@@ -28,13 +28,13 @@ from medgemma_korean import cli, progress, records, sources
 from medgemma_korean.cli import PipelineError, log, size_text
 from medgemma_korean.paths import RunPaths, show
 from medgemma_korean.sources import Source
-from medgemma_korean.stage import check_outputs, read_record
+from medgemma_korean.stage import check_outputs
 from medgemma_korean.transfer import Altered, File, Transfer, finished, patiently, quiet_library, reason
 
 RESERVE = 200e6  # bytes of the disk that a download leaves free, for records and logs
 MAX_GB = 3.0  # of a source that is taken in part: as much as Korean Wikipedia and NamuWiki, raw
 API_TIMEOUT = 30  # seconds without an answer from the hub's API
-CONNECTIONS = 4  # files at once; one connection rarely fills a line
+CONNECTIONS = 8  # files at once; one connection rarely fills a line, and small files wait for answers
 # Another address for the hosts of sources that are no hub repositories (OPUS, GitHub): a mirror, with the same paths.
 MIRROR_VARIABLE = "MEDGEMMA_KOREAN_URL_MIRROR"
 
@@ -128,7 +128,11 @@ def add_options(parser: argparse.ArgumentParser, max_gb: bool = False) -> None:
         "--update", action="store_true", help="take the newest published revision instead of the pinned"
     )
     parser.add_argument(
-        "--connections", type=cli.positive_int, default=CONNECTIONS, metavar="N", help="files at once (default: 4)"
+        "--connections",
+        type=cli.positive_int,
+        default=CONNECTIONS,
+        metavar="N",
+        help=f"files at once (default: {CONNECTIONS})",
     )
     if max_gb:
         parser.add_argument(
@@ -159,12 +163,23 @@ def want(paths: RunPaths, source: Source, target: Path, program: str, *options: 
 
 
 def ensure(
-    wanted: list[Want], args: argparse.Namespace, paths: RunPaths, program: str
+    wanted: list[Want], args: argparse.Namespace, paths: RunPaths, program: str, stage: str = ""
 ) -> tuple[dict[str, dict[str, Any]], bool]:
-    """Survey and fetch; returns origins by key for the stage record, and whether --update or --max-gb changed any."""
+    """Survey and fetch; returns origins by key for the stage record, and whether --update or --max-gb changed any.
+
+    stage: the name of the stage that records them, where that is not the program's.
+    """
     plans = survey(wanted, args)
     origins = {plan.want.source.key: fetch(plan, args, paths, program) for plan in plans}
-    return origins, any(plan.changed for plan in plans)
+    # Compared with the record too: a kill may come after the files were changed and before that was recorded.
+    record = paths.record(stage or program)
+    recorded = records.read_json(record) if record.is_file() else {}
+    renewed = [
+        key
+        for key, origin in recorded.get("origins", {}).items()
+        if "files" in origin and "files" in origins.get(key, {}) and _announced(origin) != _announced(origins[key])
+    ]
+    return origins, bool(renewed) or any(plan.changed for plan in plans)
 
 
 def survey(wanted: list[Want], args: argparse.Namespace) -> list[Plan]:
@@ -469,16 +484,9 @@ def _fetch(plan: Plan, args: argparse.Namespace, paths: RunPaths, program: str) 
         settle(plan)
 
 
-def outdated(want: Want, origins: dict[str, dict[str, Any]], record_path: Path, force: bool) -> bool:
-    """True when what a stage made of a source was made of other files than these, or (--force) has changed since.
-
-    The pin cannot tell: a program may have been killed, or may have refused the files, after they were in place.
-    """
-    record = read_record(record_path)
-    if record is None:
-        return False
-    made_of = record["origins"].get(want.source.key, {}).get("files")
-    return made_of != origins[want.source.key].get("files") or bool(force and check_outputs(record_path))
+def altered(record_path: Path, force: bool) -> bool:
+    """True when --force is given and what a stage made of fetched files is no longer what it made."""
+    return force and record_path.is_file() and bool(check_outputs(record_path))
 
 
 def settle(plan: Plan) -> None:

@@ -6,6 +6,7 @@ Writers are atomic: a file is written beside its place, flushed to disk and rena
 from __future__ import annotations
 
 import contextlib
+import glob
 import gzip
 import hashlib
 import json
@@ -171,8 +172,22 @@ def atomic_open(path: Path) -> Iterator[IO[str]]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
+        _sweep(path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def _sweep(path: Path) -> None:
+    """Remove what processes left that were killed while they wrote `path`; one that is alive may be writing now."""
+    for part in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
+        pid = part.name.split(".")[-2]
+        if pid.isdigit() and len(pid) < 9:  # a part of the transfer has a hash there
+            try:
+                os.kill(int(pid), 0)
+            except ProcessLookupError:
+                part.unlink(missing_ok=True)
+            except PermissionError:
+                pass
 
 
 def dump(value: Any) -> str:

@@ -251,7 +251,7 @@ def html_page(paths: RunPaths, profile: ModelProfile) -> str:
             f"<p>{info['new_tokens']:,} new tokens; verdict: {_e(info['verdict'])} ({_e(info['reason'])})</p>",
         ]
     sections += ["<h2>예시 답변 / sample answers</h2>", _samples(found)]
-    sections += ["<h2>데이터 / data</h2>", _data(paths)]
+    sections += ["<h2>데이터 / data</h2>", f"<p>{_e(rationale_line(paths))}</p>", _data(paths)]
     if notes := warnings(paths):
         sections += ["<h2>주의 / warnings</h2>", _list(notes)]
     sections += [
@@ -299,6 +299,14 @@ def _samples(found: dict[str, dict[str, Any]]) -> str:
             answers.setdefault(sample["prompt"], {})[name] = sample["answer"]
     body = [[prompt, *[by_stage.get(name, "") for name in stages]] for prompt, by_stage in answers.items()]
     return _table(["prompt", *stages], body, "answer") if body else "<p>none</p>"
+
+
+def rationale_line(paths: RunPaths) -> str:
+    """How many train questions have a rationale, and the share of training rows that are in the detailed form."""
+    record = read_record(paths.record("refine_02_kor_med_test"))
+    counts = record["counts"] if record else {"train": {"kept": 0}, "rationales": 0}
+    number, rows = counts["rationales"], counts["train"]["kept"] + counts["rationales"]
+    return f"rationales: {number:,}, detailed form: {100 * number / rows if rows else 0:.0f} %"
 
 
 def _data(paths: RunPaths) -> str:

@@ -241,6 +241,8 @@ class Stage:
         if gate and not gate["passed"] and not self.allow_regression:
             log.error("already complete, and its gate failed: %s", "; ".join(gate["reasons"]))
             return EXIT_GATE
+        if self.record_inside:  # a kill may have come between the renaming and the last step of `complete`
+            (self.outputs[0] / ".identity.json").unlink(missing_ok=True)
         log.info("%s: already complete (%s)", self.program, show(self.record_path.parent))
         return EXIT_DONE
 

@@ -28,8 +28,8 @@ from medgemma_korean.progress import duration
 WAITS = (1, 2, 4, 8, 16, 32)  # seconds before each further attempt; an attempt that brought bytes starts anew
 TRANSIENT = {408, 425, 429, 500, 502, 503, 504}  # HTTP answers that another attempt may better
 ATTEMPTS_AT_CONTENT = 3  # fetches of a file whose bytes are not what was announced
-# Bytes handed on at a time: a killed process loses at most this much of a file. Still in the processor's cache when it
-# is hashed and written: of 64 KiB to 2 MiB this was fastest, a third faster than 1 MiB (tests/bench/README.md).
+# Bytes handed on at a time: a killed process loses at most this much of a file. Of 64 KiB to 2 MiB, 128 and 256 KiB
+# were fastest, and 1 MiB took a fifth to three quarters longer (tests/bench/README.md).
 BLOCK = 1 << 18
 
 
