@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import shutil
 import struct
 import subprocess
 import sys
@@ -114,10 +113,7 @@ def use_as_it_is(paths: RunPaths, source_id: str, force: bool) -> int:
     log.warning("%s was brought by hand; offline it cannot be compared with the published model", show(paths.raw_model))
     with stage.work() as folder:
         for name in names:
-            try:
-                os.link(paths.raw_model / name, folder / name)
-            except OSError:
-                shutil.copy2(paths.raw_model / name, folder / name)
+            hub.link(paths.raw_model / name, folder / name)
         stage.warnings.append("brought by hand, not compared with the published model")
         origin = {"id": source_id, "revision": "unknown", "origin": "brought by hand", "files": files}
         stage.complete(counts={"files": len(files)}, origins={paths.model: origin})

@@ -516,16 +516,21 @@ def _drop_stale_parts(plan: Plan) -> None:
             part.unlink()
 
 
+def link(old: Path, new: Path) -> None:
+    """The same file under a second name; a copy where the disk has no such thing."""
+    try:
+        os.link(old, new)
+    except OSError:
+        shutil.copy2(old, new)
+
+
 def _adopt(plan: Plan) -> None:
     """Take over the files that are in place already and are the same, without a copy where the disk can."""
     for name, entry in plan.files.items():
         old, new = plan.want.target / name, plan.want.partial / name
         if not new.exists() and name not in plan.missing and _same(old, entry):
             new.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                os.link(old, new)
-            except OSError:
-                shutil.copy2(old, new)
+            link(old, new)
 
 
 @contextlib.contextmanager
