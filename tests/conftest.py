@@ -178,6 +178,8 @@ def get(hub, tmp_path, run_program):
                 stdout=output,  # -1 is subprocess.PIPE
                 stderr=output if output >= 0 else subprocess.STDOUT,
                 text=True,
+                # Background jobs of a shell, and what they start, have it ignored.
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
             )
         )
         return begun[-1]

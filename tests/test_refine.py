@@ -17,6 +17,8 @@ REAL = Path(__file__).resolve().parents[1].parent / "shared" / "real_data" / "01
 OUTPUTS = {
     "00_plain_text/train.jsonl", "00_plain_text/validation.jsonl",
     "00_english_replay/train.jsonl", "00_english_replay/validation.jsonl",
+    "00_plain_text/ledger.json", "00_plain_text/dropped.jsonl",
+    "00_english_replay/ledger.json", "00_english_replay/dropped.jsonl",
     "01_medical_dict.json", "01_english_korean/en_to_ko.jsonl", "01_english_korean/ko_to_en.jsonl",
     "02_kor_med_test/train.jsonl", "02_kor_med_test/dev.jsonl", "02_kor_med_test/test.jsonl",
     "02_kor_med_test/train_with_reasoning.jsonl", "02_char_dict.json",
@@ -37,6 +39,15 @@ def outputs(refined):
 
 def record(refined, program):
     return json.loads((refined / ".stages" / f"{program}.json").read_text())
+
+
+def documents_of(language):
+    """{source: {"read", "kept", reason: documents}} of the counts of one language."""
+    return {
+        name: {kind: of[kind]["documents"] for kind in ("read", "kept")}
+        | {reason: count["documents"] for reason, count in of["dropped"].items()}
+        for name, of in language["sources"].items()
+    }
 
 
 def raw_of(root):
@@ -67,10 +78,7 @@ def test_everything_is_made_and_nothing_is_left_over(refined):
 
 def test_plain_text_counts_by_reason(refined):
     counts = record(refined, "refine_00_plain_text")["counts"]
-    reasons = {
-        name: {k: v for k, v in found.items() if not k.startswith("characters")}
-        for name, found in {**counts["korean"]["by_source"], **counts["english"]["by_source"]}.items()
-    }
+    reasons = {**documents_of(counts["korean"]), **documents_of(counts["english"])}
     assert reasons == {
         "wikipedia-korean": {
             "read": 52, "kept": 45, "too_short": 3, "korean_ratio": 1, "exact_duplicate": 2, "near_duplicate": 1,
@@ -89,8 +97,8 @@ def test_plain_text_counts_by_reason(refined):
     }  # fmt: skip
     for found in reasons.values():
         assert found["read"] == sum(v for k, v in found.items() if k != "read")
-    assert (counts["korean"]["train"], counts["korean"]["validation"]) == (115, 33)
-    assert (counts["english"]["train"], counts["english"]["validation"]) == (58, 12)
+    assert counts["korean"]["documents"] == {"train": 115, "validation": 33}
+    assert counts["english"]["documents"] == {"train": 58, "validation": 12}
     assert counts["exam_items"] == {"held out": 60, "train": 100}
     assert counts["korean"]["held_out_items_touched"] == counts["english"]["held_out_items_touched"] == []
 
@@ -209,7 +217,7 @@ def test_pairs(refined):
 def test_exam_questions(refined, refined_root):
     counts = record(refined, "refine_02_kor_med_test")["counts"]
     assert counts["train"] == {"read": 100, "kept": 96, "stands in dev or test": 2, "exact_duplicate": 2}
-    assert (counts["dev"], counts["test"], counts["rationales"], counts["symbols"]) == (30, 30, 12, 27)
+    assert (counts["dev"], counts["test"], counts["rationales"], counts["symbols"]) == (30, 30, 12, 31)
     raw = {
         split: [
             "-".join(str(r[c]) for c in ("subject", "year", "period", "q_number"))
@@ -274,7 +282,12 @@ def test_a_wrong_order_of_files_changes_nothing(root, refined, load_program):
     write(source / "a.jsonl", whole[:40])
     assert load_program("refine_00_plain_text").main([]) == 0
     expected = {k: v for k, v in outputs(refined).items() if k.startswith("00_")}
-    assert outputs(refined_of(root)) == expected
+    found = outputs(refined_of(root))
+    # Only the places of dropped documents have other names.
+    places = re.compile(rb"c4_korean/\w+\.jsonl, line \d+")
+    changed = [k for k in expected if found[k] != expected[k]]
+    assert set(found) == set(expected) and changed == ["00_plain_text/dropped.jsonl"]
+    assert places.sub(b"", found[changed[0]]) == places.sub(b"", expected[changed[0]])
 
 
 def test_max_samples_is_seeded_and_over_all_sources(root, load_program, korean):
@@ -283,7 +296,7 @@ def test_max_samples_is_seeded_and_over_all_sources(root, load_program, korean):
         assert program.main(["--max-samples", "60", "--seed", str(seed), "--force"]) == 0
         folder = refined_of(root) / "00_plain_text"
         drawn.append(rows(folder / "train.jsonl") + rows(folder / "validation.jsonl"))
-        counts = record(refined_of(root), "refine_00_plain_text")["counts"]["korean"]["by_source"]
+        counts = documents_of(record(refined_of(root), "refine_00_plain_text")["counts"]["korean"])
         assert sum(c["not sampled"] for c in counts.values()) == 148 - 60
         by_source = Counter(r["source"] for r in drawn[-1])
         for source, whole in Counter(r["source"] for r in korean).items():
@@ -325,7 +338,9 @@ def test_a_document_with_an_exam_item_is_dropped(root, load_program):
     counts = record(refined_of(root), "refine_00_plain_text")["counts"]
     key = "-".join(str(item[c]) for c in ("subject", "year", "period", "q_number"))
     assert counts["korean"]["held_out_items_touched"] == [f"dev/{key}"]
-    assert counts["korean"]["by_source"]["c4_korean"]["contaminated"] == 1
+    assert (
+        documents_of(counts["korean"])["c4_korean"]["contaminated"] == counts["korean"]["contaminated_documents"] == 1
+    )
     assert counts["english"]["held_out_items_touched"] == [f"dev/{key}"]
     assert counts["korean"]["train_items_touched"] == 1  # counted, and kept
     text = (refined_of(root) / "00_plain_text/train.jsonl").read_text() + (
@@ -471,7 +486,7 @@ def test_no_usable_korean_document_and_no_usable_entry(root, load_program):
 def test_a_missing_column_and_missing_files(root, load_program):
     file = raw_of(root) / "00_korean/namu_wiki/train.jsonl"
     write(file, [{"title": "x", "body": "y"}])
-    with pytest.raises(PipelineError, match=r'namu_wiki/train\.jsonl, row 1: no "text" column; found title, body'):
+    with pytest.raises(PipelineError, match=r'namu_wiki/train\.jsonl, line 1: no "text" column; found title, body'):
         load_program("refine_00_plain_text").main([])
     for name in ("bilingual_medical_dict.json", "korean_medical_dict.jsonl"):
         (raw_of(root) / "01_medical_dict" / name).unlink()
@@ -542,13 +557,14 @@ def test_real_text_is_refined_in_time_and_mostly_kept(real):
     assert seconds < 60
     refined = root / "hospital/02_refined"
     assert (root / "logs/pipeline_tiny-hospital.log").is_file()
-    korean = record(refined, "refine_00_plain_text")["counts"]["korean"]["by_source"]
+    counts = record(refined, "refine_00_plain_text")["counts"]["korean"]
+    korean = documents_of(counts)
     assert korean["wikipedia-korean"]["read"] == korean["wikipedia-korean"]["kept"] == 140
     assert (korean["namu_wiki"]["read"], korean["namu_wiki"]["kept"], korean["namu_wiki"]["redirect"]) == (15, 14, 1)
     web = korean["c4_korean"]
     assert web["read"] == 2201 and web["kept"] >= 2100 and web.get("adult", 0) == 0
-    for counts in korean.values():
-        assert counts["characters kept"] >= 0.5 * counts["characters read"]
+    for of in counts["sources"].values():
+        assert of["kept"]["bytes"] >= 0.5 * of["read"]["bytes"]
     pairs = record(refined, "refine_01_english_korean")["counts"]
     assert pairs["read"] == 3523 and pairs["kept"] >= 3400 and 60 <= pairs["too_short"] <= 80
     terms = record(refined, "refine_01_medical_dict")["counts"]

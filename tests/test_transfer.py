@@ -395,7 +395,7 @@ def test_an_end_from_outside_stops_all_connections(hub, client, tmp_path):
         Transfer("things", files, tmp_path, 0, 2).run(tick)
     hub.rate = None
     for thread in threading.enumerate():
-        if thread.daemon and "_work" in thread.name:
+        if thread.name == "transfer":
             thread.join(5)
             assert not thread.is_alive()
     assert threading.active_count() <= before + 4  # of the hub

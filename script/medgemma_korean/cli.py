@@ -158,6 +158,7 @@ def start_logging(paths: RunPaths, program: str) -> None:
     # Progress bars belong to a terminal. Libraries draw theirs unless told otherwise.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # what a person trains is nobody else's business
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 

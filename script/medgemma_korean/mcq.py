@@ -40,9 +40,9 @@ def read_raw_items(
     (dev, test) they raise: an evaluation row is never dropped. Equal options are then kept, since they do not keep
     a question from being scored. Raises PipelineError with file and row.
     """
-    items = []
+    items, shown = [], show(file)
     for number, row in enumerate(records.read_rows(file), 1):
-        where = f"{show(file)}, row {number}"
+        where = f"{shown}, row {number}"
         try:
             items.append(read_raw_item(row, where, normalise, equal_options=unusable is None))
         except ItemProblem as problem:

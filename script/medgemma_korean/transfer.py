@@ -277,7 +277,7 @@ class Transfer:
         """
         # Daemons: a worker that waits for a dead server must not hold up the end of the program.
         for _ in range(self._connections):
-            threading.Thread(target=self._work, daemon=True).start()
+            threading.Thread(target=self._work, name="transfer", daemon=True).start()
         second, minute = Every(1.0), Every(60.0)
         try:
             with quiet_library(), _Bars(self) as bars:
