@@ -2,46 +2,60 @@
 
 Reads   data/01_raw/00_korean/*/, data/01_raw/00_english_replay/ (the sample's where there is none),
         data/01_raw/02_kor_med_test/ (dev, test and fewshot items must not stand in training text)
-Writes  data/02_refined/00_plain_text/{train,validation}.jsonl,
-        data/02_refined/00_english_replay/{train,validation}.jsonl
+Writes  data/02_refined/00_plain_text/{train,validation}.jsonl, ledger.json, dropped.jsonl (examples by reason),
+        the same in data/02_refined/00_english_replay/
 
     python script/refine/refine_00_plain_text.py --model tiny
+    python script/refine/refine_00_plain_text.py --model tiny --show advertisement     # what a rule dropped
+
+Workers refine shards of the raw files, which are kept until all is done: a run that breaks off continues with the
+shards that are left. The result is the same for any number of workers.
 """
 
 from __future__ import annotations
 
-import random
+import argparse
+import contextlib
+import shutil
 import sys
-from collections import Counter, defaultdict
+import time
+from collections import defaultdict
 from collections.abc import Iterator
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from medgemma_korean import cli, mcq, records
-from medgemma_korean.cli import PipelineError, log
+from medgemma_korean import cli, mcq, records, workers
+from medgemma_korean.cli import Every, PipelineError, log, size_text
 from medgemma_korean.paths import RunPaths, show
-from medgemma_korean.profiles import ModelProfile
 from medgemma_korean.stage import Input, Stage
 
-FORMAT = 1
-BATCH = 500  # documents cleaned together; bounds memory, not the result
+FORMAT = 2
 # Cleanest first: of two equal documents the one from the earlier source is kept.
 PRIORITY = ("wikipedia_ko_2024", "wikipedia-korean", "namuwiki_extracted", "namu_wiki", "aihub", "c4_korean")
+SMALL = 30e6  # bytes of raw text that one process refines before further ones have started
+LANGUAGES = {"ko": "Korean", "en": "English replay"}
 
 
 def sources_of(folder: Path) -> list[Path]:
-    """The source folders in order of priority, then by name; the folder itself when it holds the files."""
-    inside = [p for p in folder.iterdir() if p.is_dir() and records.row_files(p)]
+    """The source folders in order of priority, then by name; the folder itself when it holds the files.
+
+    Raises PipelineError for files beside folders: they would belong to no source.
+    """
+    from medgemma_korean.text.documents import kind_of
+
+    shown = [p for p in folder.iterdir() if not p.name.startswith(".")]
+    inside, files = [p for p in shown if p.is_dir()], sorted(p for p in shown if p.is_file() and kind_of(p))
     if not inside:
         return [folder]
+    if files:
+        raise PipelineError(f"{show(files[0])}: stands beside the folders of sources; move it into one of its own")
     return sorted(inside, key=lambda p: (PRIORITY.index(p.name) if p.name in PRIORITY else len(PRIORITY), p.name))
 
 
-def exam_indexes(paths: RunPaths) -> tuple[Any, Any, dict[str, int]]:
-    """Indexes of the held-out items and of the train items, and how many of each there are."""
+def exam_items(paths: RunPaths) -> Any:
+    """The exam items to compare with. Raises PipelineError without any that are held out."""
     from medgemma_korean.text.clean import normalise_line
-    from medgemma_korean.text.decontaminate import ExamIndex
+    from medgemma_korean.text.shards import Exams
 
     items: dict[str, list] = defaultdict(list)
     for file in records.row_files(paths.raw_mcq):
@@ -50,161 +64,171 @@ def exam_indexes(paths: RunPaths) -> tuple[Any, Any, dict[str, int]]:
             items["train" if train else "held out"].append({**item, "id": f"{file.stem}/{item['id']}"})
     if not items["held out"]:
         raise PipelineError(f"{show(paths.raw_mcq)}: no dev or test questions, so nothing can be decontaminated")
-    return ExamIndex(items["held out"]), ExamIndex(items["train"]), {k: len(v) for k, v in items.items()}
+    return Exams(tuple(items["held out"]), tuple(items["train"]))
 
 
-def read_texts(source: Path) -> Iterator[str]:
-    """The raw texts of a source. Raises PipelineError for a row without text."""
-    for file in records.row_files(source):
-        for number, row in enumerate(records.read_rows(file), 1):
-            if not isinstance(row.get("text"), str):
-                raise PipelineError(f'{show(file)}, row {number}: no "text" column; found {", ".join(row)}')
-            yield row["text"]
+def jobs_of(paths: RunPaths, exams: Any) -> dict[str, list]:
+    """The shards to make, by language, in the order that decides which duplicate stays.
 
+    Raises PipelineError naming every file that cannot be read as far as its index tells.
+    """
+    from medgemma_korean.text.clean import rules_for
+    from medgemma_korean.text.documents import tasks_of
+    from medgemma_korean.text.shards import Job
 
-def in_batches(values: Iterator[str]) -> Iterator[list[str]]:
-    while batch := list(islice(values, BATCH)):
-        yield batch
-
-
-class Refiner:
-    """Documents of one language through all filters, with the counts by source and reason."""
-
-    def __init__(self, language: str, held_out: Any, train_items: Any) -> None:
-        self.language, self.held_out, self.train_items = language, held_out, train_items
-        self.counts: dict[str, Counter[str]] = defaultdict(Counter)
-        self.touched_items: set[str] = set()
-        self.touched_train_items: set[str] = set()
-        self.seen: set[bytes] = set()
-        self.texts: list[str] = []
-        self.origin: list[str] = []
-
-    def read(self, source: Path, tick) -> None:
-        """Clean and filter one source; what is left goes to `self.texts`."""
-        from medgemma_korean.text import clean, dedup, filters
-
-        rules, counts = clean.rules_for(source.name), self.counts[source.name]
-        for batch in in_batches(read_texts(source)):
-            counts["read"] += len(batch)
-            counts["characters read"] += sum(map(len, batch))
-            passed = []
-            for text in clean.clean_batch(batch, rules):
-                if reason := filters.drop_reason(text, self.language):
-                    counts[reason] += 1
-                else:
-                    passed.append(text)
-            touched = self.held_out.touched_by_each(passed)
-            for items in self.train_items.touched_by_each(passed):
-                self.touched_train_items.update(items)
-            for text, items in zip(passed, touched, strict=True):
-                key = dedup.content_key(text)
-                if items:
-                    counts["contaminated"] += 1
-                    self.touched_items.update(items)
-                elif key in self.seen:
-                    counts["exact_duplicate"] += 1
-                else:
-                    self.seen.add(key)
-                    self.texts.append(text)
-                    self.origin.append(source.name)
-            tick(counts["read"])
-
-    def drop_near_duplicates(self) -> None:
-        """Of a group of near duplicates the first one stays."""
-        from medgemma_korean.text import dedup
-
-        kept_texts, kept_origin = [], []
-        duplicates = dedup.near_duplicate_of(dedup.signatures(self.texts))
-        for text, origin, first in zip(self.texts, self.origin, duplicates, strict=True):
-            if first >= 0:
-                self.counts[origin]["near_duplicate"] += 1
-            else:
-                kept_texts.append(text)
-                kept_origin.append(origin)
-                self.counts[origin]["kept"] += 1
-                self.counts[origin]["characters kept"] += len(text)
-        self.texts, self.origin = kept_texts, kept_origin
-
-    def sample(self, limit: int | None, seed: int) -> None:
-        """At most `limit` documents, drawn with a seed over all sources in proportion: never the first ones."""
-        if limit is None or limit >= len(self.texts):
-            return
-        chosen = sorted(random.Random(seed).sample(range(len(self.texts)), limit))
-        for origin in self.origin:
-            self.counts[origin]["not sampled"] += 1
-        for i in chosen:
-            self.counts[self.origin[i]]["not sampled"] -= 1
-        self.texts, self.origin = [self.texts[i] for i in chosen], [self.origin[i] for i in chosen]
-
-    def split(self, share: float, most: int) -> tuple[list[dict], list[dict]]:
-        """(train, validation) rows. A document's own hash decides, so that other documents change nothing."""
-        from medgemma_korean.text.dedup import content_key
-
-        def hashed(text: str) -> float:
-            return int.from_bytes(content_key(text)[:8], "big") / 2**64
-
-        held = {text for text in self.texts if hashed(text) < share}
-        if len(held) > most:
-            held = set(sorted(held, key=hashed)[:most])
-        rows = [{"text": text, "source": origin} for text, origin in zip(self.texts, self.origin, strict=True)]
-        return [row for row in rows if row["text"] not in held], [row for row in rows if row["text"] in held]
-
-
-def report(refiner: Refiner, language: str) -> None:
-    """The kept and dropped counts by reason, as a table."""
-    reasons = sorted(
-        {r for c in refiner.counts.values() for r in c} - {"read", "kept"} - {"characters read", "characters kept"}
-    )
-    header = [language, "read", "kept", *reasons, "characters kept"]
-    rows = [
-        [name, counts["read"], counts["kept"], *[counts[r] or "" for r in reasons], f"{counts['characters kept']:,}"]
-        for name, counts in refiner.counts.items()
-    ]
-    log.info("%s", cli.table(rows, header))
-
-
-def refine(folder: Path, out: Path, language: str, indexes: tuple, args, profile: ModelProfile, stage: Stage) -> dict:
-    """One language end to end; writes train and validation. Raises PipelineError when either would be empty."""
-    held_out, train_items, _ = indexes
-    refiner = Refiner(language, held_out, train_items)
+    folder, digest = paths.refined / ".shards", exams.digest
     # Folders below the replay are the published layout of one source.
-    sources = sources_of(folder) if language == "ko" else [folder]
-    for i, source in enumerate(sources):
-        done = 10 * i
-        refiner.read(source, lambda n, done=done: stage.tick(done, 10 * len(sources), f"{n:,} documents"))
-    refiner.drop_near_duplicates()
-    report(refiner, {"ko": "Korean", "en": "English replay"}[language])
-    refiner.sample(args.max_samples if language == "ko" else None, args.seed)
-    train, validation = refiner.split(profile.validation_share, profile.validation_documents)
-    for name, rows in (("train", train), ("validation", validation)):
-        if not rows:
+    places = {"ko": sources_of(paths.raw_korean), "en": [paths.raw_english]}
+    if not paths.raw_english.is_relative_to(paths.raw):
+        log.info("no 00_english_replay in %s; the sample's English text is replayed", show(paths.raw))
+    jobs: dict[str, list] = {language: [] for language in places}
+    problems = []
+    for language, source in [(language, source) for language, sources in places.items() for source in sources]:
+        try:
+            tasks = tasks_of(source)
+        except PipelineError as error:
+            problems.append(str(error))
+        else:
+            jobs[language] += [Job(task, language, rules_for(source.name), digest, folder) for task in tasks]
+    if problems:
+        raise PipelineError("\n".join(problems))
+    return jobs
+
+
+def make_shards(pool: workers.Workers, jobs: list, stage: Stage) -> None:
+    """Pass 1: every shard that is not there yet, with MB/s and the time that is left."""
+    from medgemma_korean.text import shards
+
+    total, todo = sum(job.task.size for job in jobs), [job for job in jobs if not job.done]
+    done = there = total - sum(job.task.size for job in todo)
+    if there:
+        log.info("%s of %s shards are there already", f"{len(jobs) - len(todo):,}", f"{len(jobs):,}")
+    begun, minute = time.monotonic(), Every(60)
+    for position, _ in pool.map(shards.work, todo):
+        done += todo[position].task.size
+        rate = (done - there) / max(time.monotonic() - begun, 1e-3)
+        state = f"{size_text(done)} of {size_text(total)} raw, {size_text(rate)}/s"
+        stage.tick(done, total, state)
+        if minute():
+            log.info("%s, %.0f min left", state, (total - done) / rate / 60)
+
+
+def write(pool: workers.Workers, jobs: list, decisions: Any, out: Path) -> None:
+    """Pass 3: the kept documents in the order of the shards. Raises AssertionError when an exam item is among them."""
+    from medgemma_korean.text import merge
+
+    names = {merge.TRAIN: "train.jsonl", merge.VALIDATION: "validation.jsonl"}
+    parts = out / ".parts"
+    parts.mkdir(parents=True)
+    emissions = [
+        merge.Emission(job, decisions.of_shard(i), {state: parts / f"{i}.{name}" for state, name in names.items()})
+        for i, job in enumerate(jobs)
+    ]
+    ready: set[int] = set()
+    files = {state: open(out / name, "wb") for state, name in names.items()}  # noqa: SIM115 - closed below
+    following = 0
+    try:
+        for position, (_, left) in pool.map(merge.emit, emissions):
+            if left:
+                raise AssertionError(f"held-out items are left in the training text: {sorted(set(left))[:3]}")
+            ready.add(position)
+            while following in ready:
+                for state, part in emissions[following].files.items():
+                    with open(part, "rb") as opened:
+                        shutil.copyfileobj(opened, files[state], 1 << 22)
+                    part.unlink()
+                following += 1
+    finally:
+        for file in files.values():
+            file.close()
+    parts.rmdir()
+
+
+def refine(
+    pool: workers.Workers, jobs: list, raw: Path, language: str, out: Path, args: argparse.Namespace, profile: Any
+) -> dict:
+    """Passes 2 and 3 of the text in `raw`; returns its ledger. Raises PipelineError when a split would be empty."""
+    from medgemma_korean.text import ledger, merge
+
+    out.mkdir(parents=True)
+    scratch = out / ".signatures"
+    decisions = merge.decide(
+        jobs,
+        scratch,
+        limit=args.max_samples if language == "ko" else None,
+        seed=args.seed,
+        share=profile.validation_share,
+        most=profile.validation_documents,
+    )
+    scratch.unlink()
+    book = ledger.build(jobs, decisions)
+    log.info("%s", ledger.table(book, LANGUAGES[language]))
+    for split, number in book["documents"].items():
+        if not number:
+            read = sum(of["read"]["documents"] for of in book["sources"].values())
             raise PipelineError(
-                f"{show(folder)}: no {name} document is left of {sum(c['read'] for c in refiner.counts.values())}; "
-                "see the counts above, and give it more text"
+                f"{show(raw)}: no {split} document is left of {read:,}; see the counts above, and give it more text"
             )
-        records.write_jsonl(out / f"{name}.jsonl", rows)
-    left = {i for items in held_out.touched_by_each([r["text"] for r in train]) for i in items}
-    assert not left, f"held-out items are left in the training text: {sorted(left)[:3]}"
-    log.info("%s: %d train, %d validation documents", out.name, len(train), len(validation))
-    return {
-        "train": len(train),
-        "validation": len(validation),
-        "by_source": {name: dict(counts) for name, counts in refiner.counts.items()},
-        "held_out_items_touched": sorted(refiner.touched_items),
-        "train_items_touched": len(refiner.touched_train_items),
-    }
+    write(pool, jobs, decisions, out)
+    records.write_json(out / ledger.LEDGER, book)
+    records.write_jsonl(out / ledger.DROPPED, ledger.dropped(jobs, decisions))
+    clusters = book["near_duplicate_clusters"]["number"]
+    kept = book["documents"]
+    log.info(
+        "%s: %s train, %s; %s of near duplicates",
+        out.name,
+        f"{kept['train']:,}",
+        cli.count(kept["validation"], "validation document"),
+        cli.count(clusters, "cluster"),
+    )
+    return book
 
 
-def make_parser():
+@contextlib.contextmanager
+def writing_to(folder: Path) -> Iterator[None]:
+    """A full disk says nothing of where it is: name the folder."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or show(folder)
+        raise
+
+
+def tidy(folder: Path, kept: list) -> None:
+    """Delete all but some shards: what earlier rules and files left, and what a kill left half written."""
+    from medgemma_korean.text.shards import FILES
+
+    if not kept:
+        shutil.rmtree(folder)
+        return
+    names = {job.path(suffix).name for job in kept for suffix in FILES}
+    for file in folder.iterdir():
+        if file.is_file() and file.name not in names:
+            file.unlink()
+
+
+def make_parser() -> argparse.ArgumentParser:
     parser = cli.make_parser(__doc__)
     parser.add_argument("--max-samples", type=cli.positive_int, metavar="N", help="keep at most N Korean documents")
     parser.add_argument("--seed", type=int, default=17, help="seed of that sample (default: 17)")
+    parser.add_argument("--workers", type=cli.positive_int, metavar="N", help="processes (default: one a processor)")
+    parser.add_argument("--keep-shards", action="store_true", help="keep 02_refined/.shards for the next refinement")
+    parser.add_argument("--show", metavar="REASON", help="print examples of what was dropped for a reason, and end")
+    parser.add_argument("--number", type=cli.positive_int, default=10, metavar="N", help="how many (default: 10)")
     return parser
 
 
 def main(argv: list[str] | None = None) -> int:
     args = make_parser().parse_args(argv)
     profile, paths = cli.resolve(args)
+    if args.show:
+        from medgemma_korean.text import ledger
+
+        if not (paths.plain_text / ledger.DROPPED).is_file():
+            command = paths.command("refine/refine_00_plain_text")
+            raise PipelineError(f"{show(paths.plain_text)}: nothing is refined here yet; run: {command}")
+        print(ledger.examples([paths.plain_text, paths.english_replay], args.show, args.number))
+        return 0
     cli.start_logging(paths, "refine_00_plain_text")
     download = paths.command("download/download_00_plain_text")
     stage = Stage(
@@ -228,16 +252,35 @@ def main(argv: list[str] | None = None) -> int:
     )
     if (code := stage.already_complete()) is not None:
         return code
-    with stage.work() as folder:
-        indexes = exam_indexes(paths)
-        korean = refine(paths.raw_korean, folder / paths.plain_text.name, "ko", indexes, args, profile, stage)
-        english = refine(paths.raw_english, folder / paths.english_replay.name, "en", indexes, args, profile, stage)
+    with writing_to(paths.refined), stage.work() as folder:
+        from medgemma_korean.text import shards
+
+        exams = exam_items(paths)
+        jobs = jobs_of(paths, exams)
+        every = [job for of_language in jobs.values() for job in of_language]
+        small = sum(job.task.size for job in every) < SMALL
+        number = 1 if small and not args.workers else min(args.workers or workers.available(), len(every))
+        shards.remove_rests(paths.refined / ".shards")
+        with workers.Workers(number, shards.prepare, (exams,)) as pool:
+            make_shards(pool, every, stage)
+            korean, english = (
+                refine(pool, jobs[language], raw, language, folder / output.name, args, profile)
+                for language, raw, output in (
+                    ("ko", paths.raw_korean, paths.plain_text),
+                    ("en", paths.raw_english, paths.english_replay),
+                )
+            )
         touched = len(korean["held_out_items_touched"])
         log.info("held-out exam items found in the raw text, their documents dropped: %d", touched)
         stage.complete(
-            counts={"korean": korean, "english": english, "exam_items": indexes[2]},
-            metric=f"{korean['train']:,} Korean and {english['train']:,} English documents",
+            counts={
+                "korean": korean | {"contaminated_documents": len(korean["contaminated_documents"])},
+                "english": english | {"contaminated_documents": len(english["contaminated_documents"])},
+                "exam_items": {"held out": len(exams.held_out), "train": len(exams.train)},
+            },
+            metric=f"{korean['documents']['train']:,} Korean and {english['documents']['train']:,} English documents",
         )
+    tidy(paths.refined / ".shards", every if args.keep_shards else [])
     return 0
 
 

@@ -7,7 +7,7 @@ import random
 import numpy as np
 import pytest
 
-from medgemma_korean.text import dedup
+from medgemma_korean.text import points
 from medgemma_korean.text.dedup import MIN_AGREEMENT, SLOTS, content_key, near_duplicate_of, signatures
 
 ORIGINALS = 1200
@@ -53,7 +53,7 @@ def test_signatures_do_not_depend_on_the_batch(corpus: dict[str, list[str]], mon
     whole = signatures(texts)
     assert whole.shape == (44, SLOTS)
     assert whole.dtype == np.uint32
-    monkeypatch.setattr(dedup, "BATCH_CHARACTERS", 1000)
+    monkeypatch.setattr(points, "BATCH_CHARACTERS", 1000)
     assert np.array_equal(signatures(texts), whole)
     assert np.array_equal(np.concatenate([signatures([text]) for text in texts]), whole)
 

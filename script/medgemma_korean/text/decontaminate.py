@@ -13,6 +13,8 @@ when the folded whole stands there. An item has several texts, and any one of th
 
 from __future__ import annotations
 
+import functools
+import itertools
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache
@@ -21,46 +23,102 @@ from typing import Any
 import numpy as np
 
 from medgemma_korean.text.clean import limit_marks
+from medgemma_korean.text.points import batches, points_of
 
 GRAM = 13
 # Share of an item's own 13-grams.
 MIN_SHARE = 0.5
 OPTIONS = "ABCDE"
 
-# 2^24 bits are 2 MB and stay in the processor's cache; 2 million grams set one bit in nine.
-_BITMAP_BITS = 24
+# 2^20 words of 64 bits are 8 MB and stay in the processor's cache. A gram has two bits of one word, and 2 million grams
+# let one strange gram in 270 pass; with one bit each they would let one in 30, and the search behind it is slow.
+_WORD_BITS = 20
 # Hashing in pieces that fit the cache is four times as fast as hashing a whole batch.
 _CHUNK = 1 << 15
-_BATCH_CHARACTERS = 1_000_000
 _BASE = 0x9E3779B97F4A7C15
 _MASK = (1 << 64) - 1
 # Symbols keep the meaning of an option (↑ and ↓, + and <), so only these count as punctuation: tildes and bars, which
 # writers exchange for hyphens and commas, and the letter that Koreans type as a middle dot.
 _LIKE_PUNCTUATION = "~∼|\u119e\u318d"
+# What the folding table holds beside code points: the end of a text, a character that goes, and a mark on those whose
+# folding needs more than a table.
+_END, _DROPPED, _UNSTABLE = 0, 1 << 21, 1 << 22
 
 
 def fold(text: str) -> str:
     """Return `text` in NFKC and lower case without spaces, punctuation, control characters and modifier signs."""
-    points = _fold_points(text)
-    return points.astype("<u4").tobytes().decode("utf-32-le", "surrogatepass")
+    return _folded([text])[0]
 
 
-def _fold_points(text: str) -> np.ndarray:
-    if not unicodedata.is_normalized("NFKC", text):
-        text = unicodedata.normalize("NFKC", limit_marks(text))
-    points = np.frombuffer(text.lower().encode("utf-32-le", "surrogatepass"), dtype=np.uint32)
-    # The table covers the first plane; "clip" reads its last entry for everything above, which is letters and emoji.
-    return points.compress(_kept_points().take(points, mode="clip"))
+def _folded(texts: Sequence[str]) -> list[str]:
+    return _decoded(_fold_all(texts))
+
+
+def _decoded(points: np.ndarray) -> list[str]:
+    """Return the texts of `_fold_all`."""
+    return points.astype("<u4").tobytes().decode("utf-32-le", "surrogatepass").split("\0")[:-1]
+
+
+def _fold_all(texts: Sequence[str]) -> np.ndarray:
+    """Return the code points of all folded texts, uint32, each followed by a 0.
+
+    Normalising costs five times the rest, so a table does it where a character's form depends on no other one.
+    """
+    table, joined = _fold_table(), "\0".join([*texts, ""])
+    codes = table.take(points_of(joined))
+    if np.count_nonzero(codes == _END) != len(texts):
+        # Another control character, which is dropped too, but ends no text.
+        return _fold_all([text.replace("\0", "\1") for text in texts])
+    unstable = np.flatnonzero(codes >= _UNSTABLE)
+    if len(unstable):
+        codes = table.take(points_of(_normalised(joined, unstable))) & ~np.uint32(_UNSTABLE)
+    return codes.compress(codes != _DROPPED)  # three times as fast as codes[...]
+
+
+def _normalised(text: str, unstable: np.ndarray) -> str:
+    """Return `text` in NFKC and lower case where its characters at `unstable` and the ones before them stand."""
+    edges = np.flatnonzero(np.diff(unstable) > 1)
+    lows = unstable[np.append(0, edges + 1)].tolist()
+    highs = unstable[np.append(edges, -1)].tolist()
+    pieces, done = [], 0
+    for low, high in zip(lows, highs, strict=True):
+        start = max(low - 1, done)
+        pieces.append(text[done:start])
+        pieces.append(unicodedata.normalize("NFKC", limit_marks(text[start : high + 1])).lower())
+        done = high + 1
+    return "".join([*pieces, text[done:]])
 
 
 @cache
-def _kept_points() -> np.ndarray:
-    """Return bool [65536]: whether a code point survives folding."""
-    kept = np.ones(0x10000, dtype=bool)
-    for point in range(0xFFFF):
-        category = unicodedata.category(chr(point))
-        kept[point] = category[0] not in "PZC" and category != "Sk" and chr(point) not in _LIKE_PUNCTUATION
-    return kept
+def _fold_table() -> np.ndarray:
+    """Return uint32 [0x110000]: what a code point is folded to, or _DROPPED, or itself marked as _UNSTABLE.
+
+    Unstable is what becomes several characters and what may join the character before it: marks, vowels of jamo.
+    """
+    table = np.arange(0x110000, dtype=np.uint32)
+    # The last range is the compatibility ideographs; other characters up there fold to themselves.
+    points = [*range(0x20000), *range(0x2F800, 0x2FA20)]
+    decompositions = (unicodedata.decomposition(chr(point)) for point in points)
+    joining = {chr(int(form.split()[1], 16)) for form in decompositions if " " in form and "<" not in form}
+    joining.update(map(chr, (*range(0x1161, 0x1176), *range(0x11A8, 0x11C3))))
+    joining.update(chr(point) for point in points if unicodedata.combining(chr(point)))
+    # Nothing joins a 0, so that all characters are normalised at once.
+    forms = unicodedata.normalize("NFKC", "\0".join(map(chr, points[1:]))).lower().replace("ς", "σ").split("\0")
+    for point, form in zip(points[1:], forms, strict=True):
+        left = [character for character in form if _survives(character)]
+        if len(left) > 1 or not joining.isdisjoint(form):
+            table[point] |= _UNSTABLE
+        else:
+            table[point] = ord(left[0]) if left else _DROPPED
+    return table
+
+
+def _survives(character: str) -> bool:
+    """Whether a character in NFKC is kept; above the first plane all are, which are letters and emoji."""
+    category = unicodedata.category(character)
+    return character > "\uffff" or (
+        category[0] not in "PZC" and category != "Sk" and character not in _LIKE_PUNCTUATION
+    )
 
 
 def grams(folded: str, n: int = GRAM) -> np.ndarray:
@@ -71,7 +129,7 @@ def grams(folded: str, n: int = GRAM) -> np.ndarray:
     """
     if n < 1:
         raise ValueError(f"n must be at least 1, found {n}")
-    return _hash_grams(np.frombuffer(folded.encode("utf-32-le", "surrogatepass"), dtype=np.uint32), n)
+    return _hash_grams(points_of(folded), n)
 
 
 def _hash_grams(points: np.ndarray, n: int) -> np.ndarray:
@@ -109,52 +167,58 @@ class ExamIndex:
     """
 
     def __init__(self, items: Iterable[Mapping[str, Any]]) -> None:
-        self.ids: list[str] = []
-        self._same: dict[tuple[str, frozenset[str]], str] = {}
-        # A text of an item is one or two gram sets; it is found when half of each stands in the document.
-        self._item_of_text: list[int] = []
-        self._short: list[tuple[str, int]] = []
-        gram_sets: list[np.ndarray] = []
-        text_of_set: list[int] = []
-
         items = list(items)
         for position, item in enumerate(items):
             if item.get("id") in (None, "") or not item.get("question"):
                 raise ValueError(f"exam item {position} needs an id and a question, found {sorted(item)}")
-        questions = [fold(str(item["question"])) for item in items]
-        question_grams = [np.unique(grams(question)) for question in questions]
-        specific = _held_once(question_grams)
+        self.ids = [str(item["id"]) for item in items]
+        self._same: dict[tuple[str, frozenset[str]], str] = {}
+        self._short: list[tuple[str, int]] = []
+        questions = _folded([str(item["question"]) for item in items])
+        options = iter(_folded([option for item in items for option in item_options(item)]))
+        forms, owners = [], []
         for position, (item, question) in enumerate(zip(items, questions, strict=True)):
-            options = [fold(option) for option in item_options(item)]
-            identifier = str(item["id"])
-            self.ids.append(identifier)
-            self._same.setdefault((question, frozenset(options)), identifier)
-            whole = question + "".join(options)
+            own = list(itertools.islice(options, len(item_options(item))))
+            self._same.setdefault((question, frozenset(own)), self.ids[position])
+            whole = question + "".join(own)
             if 0 < len(whole) < GRAM:
                 self._short.append((whole, position))
-            sets = [[np.unique(grams(text))] for text in _printed_forms(question, options) if len(text) >= GRAM]
-            if len(specific[position]):
-                sets.append([question_grams[position], specific[position]])
-            for rows in sets:
-                gram_sets += rows
-                text_of_set += [len(self._item_of_text)] * len(rows)
-                self._item_of_text.append(position)
-        self._build(gram_sets, text_of_set)
+            for text in _printed_forms(question, own):
+                forms.append(text)
+                owners.append(position)
+        self._build(forms, owners, questions)
 
-    def _build(self, gram_sets: list[np.ndarray], text_of_set: list[int]) -> None:
-        sizes = np.array([len(row) for row in gram_sets], dtype=np.int64)
-        self._needed = np.ceil(sizes * MIN_SHARE).astype(np.int64)
-        self._text_of_set = np.array(text_of_set, dtype=np.int64)
+    def _build(self, forms: list[str], owners: list[int], questions: list[str]) -> None:
+        """Number the texts of the items: printed forms, then questions that have grams of their own.
+
+        A form is one set of grams; a question is two, all of its grams and its own. A text is found when half of each
+        of its sets stands in the document.
+        """
+        hashes, sets = _distinct_grams(forms)
+        asked, askers = _distinct_grams(questions)
+        own = np.ones(len(asked), dtype=bool)
+        shared = asked[1:] == asked[:-1]
+        own[1:] &= ~shared
+        own[:-1] &= ~shared
+        specific = np.unique(askers[own])
+        rank = np.full(len(questions), -1)
+        rank[specific] = len(forms) + np.arange(len(specific))
+        identified = rank[askers] >= 0
+        flat = np.concatenate([hashes, asked[identified], asked[own]])
+        sets = np.concatenate([sets, rank[askers[identified]], rank[askers[own]] + len(specific)])
+
+        self._item_of_text = owners + specific.tolist()
+        self._text_of_set = np.concatenate([np.arange(len(self._item_of_text)), rank[specific]])
         self._sets_of_text = np.bincount(self._text_of_set, minlength=len(self._item_of_text))
-        flat = np.concatenate(gram_sets) if gram_sets else np.empty(0, dtype=np.uint64)
-        order = np.argsort(flat, kind="stable")
+        sizes = np.bincount(sets, minlength=len(self._text_of_set))
+        self._needed = np.ceil(sizes * MIN_SHARE).astype(np.int64)
+        order = np.argsort(flat)
         # Compressed rows: the sets that hold hash k are _sets[_starts[k] : _starts[k + 1]].
         self._hashes, starts = np.unique(flat[order], return_index=True)
         self._starts = np.append(starts, len(flat))
-        self._sets = np.repeat(np.arange(len(sizes)), sizes)[order]
-        self._bitmap = np.zeros(1 << (_BITMAP_BITS - 3), dtype=np.uint8)
-        slots = _slots(self._hashes)
-        np.bitwise_or.at(self._bitmap, slots >> 3, _bit(slots))
+        self._sets = sets[order]
+        self._bitmap = np.zeros(1 << _WORD_BITS, dtype=np.uint64)
+        np.bitwise_or.at(self._bitmap, *_place(self._hashes))
 
     def touched_by(self, text: str) -> list[str]:
         """Return the ids of the items that one document touches, in the order of the items, each once."""
@@ -162,62 +226,78 @@ class ExamIndex:
 
     def touched_by_each(self, texts: Sequence[str]) -> list[list[str]]:
         """Return `touched_by` of every document; many short documents at once are far faster than one by one."""
-        touched: list[list[str]] = []
-        for batch in _batches(texts):
-            touched += self._touched_batch(batch)
-        return touched
+        return touched_by_all((self,), texts)[0]
 
-    def _touched_batch(self, texts: Sequence[str]) -> list[list[str]]:
-        folded = [_fold_points(text) for text in texts]
-        ends = np.cumsum([len(points) for points in folded])
-        found: list[set[int]] = [set() for _ in texts]
-        joined = np.concatenate(folded) if folded else np.empty(0, dtype=np.uint32)
-        positions, rows = self._lookup(joined)
-        documents = np.searchsorted(ends, positions, side="right")
-        # A gram that crosses the end of its document belongs to none.
-        inside = positions + GRAM <= ends[documents] if len(positions) else np.empty(0, dtype=bool)
-        documents, rows = documents[inside], rows[inside]
-        borders = np.flatnonzero(np.diff(documents)) + 1
-        for group_documents, group_rows in zip(np.split(documents, borders), np.split(rows, borders), strict=True):
-            if len(group_rows):
-                found[group_documents[0]] = self._touched_items(np.unique(group_rows))
-        for text, position in self._short:
-            for document, points in enumerate(folded):
-                if text in points.tobytes().decode("utf-32-le", "surrogatepass"):
-                    found[document].add(position)
-        # Two items may share an id; dict.fromkeys keeps the order and drops the repeat.
-        return [list(dict.fromkeys(self.ids[position] for position in sorted(group))) for group in found]
+    def _touched(self, documents: np.ndarray, hashes: np.ndarray) -> Iterator[tuple[int, int]]:
+        """Return (document, position of an item) where enough distinct grams of each set of a text were found.
 
-    def _lookup(self, points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return where the grams of the index stand in `points`, and which grams they are (rows of `_hashes`)."""
-        positions, rows = [np.empty(0, dtype=np.int64)], [np.empty(0, dtype=np.int64)]
-        count = max(len(points) - GRAM + 1, 0)
-        for low in range(0, count if len(self._hashes) else 0, _CHUNK):
-            hashes = _hash_chunk(points[low : min(low + _CHUNK, count) + GRAM - 1].astype(np.uint64), GRAM)
-            slots = _slots(hashes)
-            # The bitmap drops nine grams in ten or more; only the rest are searched for.
-            candidates = np.flatnonzero(self._bitmap[slots >> 3] & _bit(slots))
-            nearest = np.searchsorted(self._hashes, hashes[candidates])
-            nearest[nearest == len(self._hashes)] = 0
-            real = self._hashes[nearest] == hashes[candidates]
-            positions.append(candidates[real] + low)
-            rows.append(nearest[real])
-        return np.concatenate(positions), np.concatenate(rows)
-
-    def _touched_items(self, rows: np.ndarray) -> set[int]:
-        """Return the positions of the items with a text of which enough distinct grams (`rows`) were found."""
+        `hashes` are grams that may stand in the index, sorted; `documents` are the numbers of theirs.
+        """
+        if not len(self._hashes):
+            return
+        rows = np.searchsorted(self._hashes, hashes)
+        rows[rows == len(self._hashes)] = 0
+        real = self._hashes[rows] == hashes
+        documents, rows, _ = _distinct(documents[real], rows[real], len(self._hashes))
         starts, lengths = self._starts[rows], self._starts[rows + 1] - self._starts[rows]
         # All ranges start .. start + length at once.
         offsets = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-        sets, counts = np.unique(self._sets[np.repeat(starts, lengths) + offsets], return_counts=True)
-        texts, complete = np.unique(self._text_of_set[sets[counts >= self._needed[sets]]], return_counts=True)
-        found = texts[complete == self._sets_of_text[texts]]
-        return {self._item_of_text[text] for text in found.tolist()}
+        sets = self._sets[np.repeat(starts, lengths) + offsets]
+        documents, sets, counts = _distinct(np.repeat(documents, lengths), sets, len(self._needed))
+        enough = counts >= self._needed[sets]
+        documents, texts = documents[enough], self._text_of_set[sets[enough]]
+        documents, texts, complete = _distinct(documents, texts, len(self._sets_of_text))
+        whole = complete == self._sets_of_text[texts]
+        for document, text in zip(documents[whole].tolist(), texts[whole].tolist(), strict=True):
+            yield document, self._item_of_text[text]
+
+    def _short_in(self, folded: np.ndarray) -> Iterator[tuple[int, int]]:
+        """Return (document, position of an item) where an item too short for a gram stands as a whole."""
+        for document, text in enumerate(_decoded(folded)) if self._short else ():
+            yield from ((document, position) for short, position in self._short if short in text)
 
     def same_item(self, item: Mapping[str, Any]) -> str | None:
         """Return the id of the indexed item with the same folded question and set of folded options, or None."""
         options = frozenset(fold(option) for option in item_options(item))
         return self._same.get((fold(str(item["question"])), options))
+
+
+def touched_by_all(indexes: Sequence[ExamIndex], texts: Sequence[str]) -> list[list[list[str]]]:
+    """Return, for each index, `touched_by_each` of the documents, which are folded and hashed once for all."""
+    found: list[list[set[int]]] = [[set() for _ in texts] for _ in indexes]
+    bitmap = functools.reduce(np.bitwise_or, [index._bitmap for index in indexes])
+    documents, hashes, first = [np.empty(0, dtype=np.int64)], [np.empty(0, dtype=np.uint64)], 0
+    for batch in batches(texts):
+        folded = _fold_all(batch)
+        ends = np.flatnonzero(folded == _END)
+        # No gram of an item holds the 0 between two documents.
+        for low in range(0, max(len(folded) - GRAM + 1, 0), _CHUNK):
+            chunk = _hash_chunk(folded[low : low + _CHUNK + GRAM - 1].astype(np.uint64), GRAM)
+            words, bits = _place(chunk)
+            # The bitmap drops nearly all grams; only the rest are searched for.
+            candidates = np.flatnonzero((bitmap[words] & bits) == bits)
+            documents.append(np.searchsorted(ends, candidates + low) + first)
+            hashes.append(chunk[candidates])
+        for index, of_index in zip(indexes, found, strict=True):
+            for document, position in index._short_in(folded):
+                of_index[first + document].add(position)
+        first += len(batch)
+    # In order, because neighbours in the index are found in the processor's cache.
+    order = np.argsort(np.concatenate(hashes))
+    for index, of_index in zip(indexes, found, strict=True):
+        for document, position in index._touched(np.concatenate(documents)[order], np.concatenate(hashes)[order]):
+            of_index[document].add(position)
+    # Two items may share an id; dict.fromkeys keeps the order and drops the repeat.
+    return [
+        [list(dict.fromkeys(index.ids[position] for position in sorted(group))) if group else [] for group in of_index]
+        for index, of_index in zip(indexes, found, strict=True)
+    ]
+
+
+def _distinct(first: np.ndarray, second: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return the distinct pairs of two int64 arrays, in order, and how often each occurs; `second` is below `size`."""
+    pairs, counts = np.unique(first * size + second, return_counts=True)
+    return *np.divmod(pairs, size), counts
 
 
 def _printed_forms(question: str, options: list[str]) -> list[str]:
@@ -228,29 +308,26 @@ def _printed_forms(question: str, options: list[str]) -> list[str]:
     return list(dict.fromkeys(forms))
 
 
-def _held_once(gram_sets: list[np.ndarray]) -> list[np.ndarray]:
-    """Return each set without the grams that another set holds too."""
-    if not gram_sets:
-        return []
-    values, counts = np.unique(np.concatenate(gram_sets), return_counts=True)
-    return [row[counts[np.searchsorted(values, row)] == 1] for row in gram_sets]
+def _distinct_grams(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """Return the hashes of all folded texts' grams, uint64, and the numbers of their texts: distinct pairs, sorted."""
+    points = points_of("\0".join([*texts, ""]))
+    hashes = _hash_grams(points, GRAM)
+    ends = np.flatnonzero(points == _END)
+    numbers = np.repeat(np.arange(len(texts)), np.diff(ends, prepend=-1))[: len(hashes)]
+    whole = np.arange(GRAM, len(hashes) + GRAM) <= ends[numbers]
+    hashes, numbers = hashes[whole], numbers[whole]
+    order = np.argsort(hashes, kind="stable")
+    hashes, numbers = hashes[order], numbers[order]
+    fresh = np.ones(len(hashes), dtype=bool)
+    fresh[1:] = (hashes[1:] != hashes[:-1]) | (numbers[1:] != numbers[:-1])
+    return hashes[fresh], numbers[fresh]
 
 
-def _batches(texts: Sequence[str]) -> Iterator[Sequence[str]]:
-    start = characters = 0
-    for position, text in enumerate(texts):
-        if characters and characters + len(text) > _BATCH_CHARACTERS:
-            yield texts[start:position]
-            start, characters = position, 0
-        characters += len(text)
-    if start < len(texts):
-        yield texts[start:]
-
-
-def _slots(hashes: np.ndarray) -> np.ndarray:
+def _place(hashes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the word of the bitmap that each hash has, int64, and its two bits in there, uint64."""
     # The high bits of a product depend on all lower bits; those of the polynomial itself barely on the last character.
-    return ((hashes * np.uint64(0xC2B2AE3D27D4EB4F)) >> np.uint64(64 - _BITMAP_BITS)).astype(np.int64)
-
-
-def _bit(slots: np.ndarray) -> np.ndarray:
-    return np.left_shift(1, slots & 7).astype(np.uint8)
+    mixed = hashes * np.uint64(0xC2B2AE3D27D4EB4F)
+    one, low = np.uint64(1), np.uint64(63)
+    bits = one << (mixed >> np.uint64(58 - _WORD_BITS) & low)
+    bits |= one << (mixed >> np.uint64(52 - _WORD_BITS) & low)
+    return (mixed >> np.uint64(64 - _WORD_BITS)).astype(np.int64), bits

@@ -1,17 +1,22 @@
-"""Decide which cleaned documents are kept: `drop_reason` returns None, or the one reason that is counted.
+"""Decide which cleaned documents are kept: `drop_reasons` returns None, or the one reason that is counted, for each.
 
 The word lists and their version live in `filter_words.json`; thresholds are the constants below.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections import Counter
+from collections.abc import Sequence
 from functools import cache
 from importlib import resources
+from itertools import repeat
 
 import numpy as np
+
+from medgemma_korean.text.points import batches, points_of
 
 # Shorter texts are captions and menus; a training sequence gains nothing from them.
 MIN_CHARACTERS = 100
@@ -43,6 +48,11 @@ MIN_BOILERPLATE_DENSITY = 4.0
 MAX_REPEATED_SHARE = 0.50
 MIN_LINES_TO_REPEAT = 6
 
+# The search for phrases compares so many of their first characters, by hashes of 20 bits.
+_START = 8
+_SHIFT = np.uint32(12)
+_MULTIPLIER = np.uint32(0x9E3779B1)
+
 _REDIRECT = re.compile(r"\s*#\s?(?:redirect|넘겨주기)[\s:\[]", re.IGNORECASE)
 
 
@@ -68,49 +78,120 @@ def drop_reason(text: str, language: str) -> str | None:
     `language` is "ko" or "en". Reasons, in the order of the checks: redirect, too_short, korean_ratio or english_ratio,
     adult, advertisement, boilerplate. Raises ValueError for another language.
     """
-    if language not in ("ko", "en"):
+    return drop_reasons([text], language)[0]
+
+
+def drop_reasons(texts: Sequence[str], language: str) -> list[str | None]:
+    """Return `drop_reason` of every document, which takes a quarter of the time that one by one takes."""
+    if language not in _SHARES:
         raise ValueError(f"unknown language {language!r}: expected 'ko' or 'en'")
+    reasons: list[str | None] = []
+    for batch in batches(texts):
+        points, ends = _joined(batch)
+        shares = _SHARES[language](points, ends).tolist()
+        phrases = _may_hold_phrases(points, ends).tolist()
+        reasons += map(_reason, batch, shares, phrases, repeat(language))
+    return reasons
+
+
+def _reason(text: str, share: float, phrases: bool, language: str) -> str | None:
     if _REDIRECT.match(text):
         return "redirect"
     if len(text) < MIN_CHARACTERS:
         return "too_short"
-    if language == "ko" and korean_share(text) < MIN_KOREAN_SHARE:
+    if language == "ko" and share < MIN_KOREAN_SHARE:
         return "korean_ratio"
-    if language == "en" and latin_share(text) < MIN_ENGLISH_SHARE:
+    if language == "en" and share < MIN_ENGLISH_SHARE:
         return "english_ratio"
-    if is_adult(text):
+    if phrases and is_adult(text):
         return "adult"
-    if is_advertisement(text):
+    if phrases and is_advertisement(text):
         return "advertisement"
-    if is_boilerplate(text):
+    if (phrases and is_page_furniture(text)) or repeats_lines(text):
         return "boilerplate"
     return None
 
 
+def _joined(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """Return the code points of all texts, each with a 0 behind it, uint32, and where the next one starts, int64."""
+    ends = np.cumsum(np.fromiter((len(text) + 1 for text in texts), dtype=np.int64, count=len(texts)))
+    return points_of("\0".join([*texts, ""])), ends
+
+
 def korean_share(text: str) -> float:
     """Return Hangul syllables and jamo over all characters that are not white space; 0.0 without any."""
-    points, characters = _visible(text)
-    korean = (points >= 0xAC00) & (points <= 0xD7FB)
-    korean |= (points >= 0x3131) & (points <= 0x318E)
-    korean |= (points >= 0x1100) & (points <= 0x11FF)
-    return float(np.count_nonzero(korean)) / characters if characters else 0.0
+    return float(_korean_shares(*_joined([text]))[0])
 
 
 def latin_share(text: str) -> float:
     """Return Latin letters, accented ones included, over all characters that are not white space; 0.0 without any."""
-    points, characters = _visible(text)
+    return float(_latin_shares(*_joined([text]))[0])
+
+
+def _korean_shares(points: np.ndarray, ends: np.ndarray) -> np.ndarray:
+    korean = (points >= 0xAC00) & (points <= 0xD7FB)
+    korean |= (points >= 0x3131) & (points <= 0x318E)
+    korean |= (points >= 0x1100) & (points <= 0x11FF)
+    return _shares(korean, points, ends)
+
+
+def _latin_shares(points: np.ndarray, ends: np.ndarray) -> np.ndarray:
     # Setting bit 5 maps A-Z onto a-z.
     lower = points | 0x20
     latin = (lower >= 0x61) & (lower <= 0x7A)
     latin |= (points >= 0xC0) & (points <= 0x24F) & (points != 0xD7) & (points != 0xF7)
-    return float(np.count_nonzero(latin)) / characters if characters else 0.0
+    return _shares(latin, points, ends)
 
 
-def _visible(text: str) -> tuple[np.ndarray, int]:
-    """Return the code points of `text`, uint32 [n], and how many are no white space."""
-    points = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype=np.uint32)
-    spaces = np.count_nonzero(points <= 0x20) + np.count_nonzero((points == 0xA0) | (points == 0x3000))
-    return points, len(points) - int(spaces)
+_SHARES = {"ko": _korean_shares, "en": _latin_shares}
+
+
+def _shares(chosen: np.ndarray, points: np.ndarray, ends: np.ndarray) -> np.ndarray:
+    visible = (points > 0x20) & (points != 0xA0) & (points != 0x3000)
+    return _count_each(chosen, ends) / np.maximum(_count_each(visible, ends), 1)
+
+
+def _count_each(mask: np.ndarray, ends: np.ndarray) -> np.ndarray:
+    """Return how many of a mask over all texts are true in each of them."""
+    return np.diff(np.searchsorted(np.flatnonzero(mask), ends), prepend=0)
+
+
+def _may_hold_phrases(points: np.ndarray, ends: np.ndarray) -> np.ndarray:
+    """Return bool: whether the start of any adult, advertising or boilerplate phrase stands in a text.
+
+    Searching for hundreds of phrases takes ten times as long; one text in thirty is left to be searched.
+    """
+    table = _phrase_starts()
+    # Bit 5 is set for a search without case; what else it makes equal is found out by the real search.
+    lower = np.append(points, np.zeros(_START, dtype=np.uint32)) | np.uint32(0x20)
+    hashes = (lower[:-_START] * _MULTIPLIER + lower[1 : 1 - _START]) * _MULTIPLIER
+    marks = table[hashes >> _SHIFT]
+    positions = np.flatnonzero(marks != 0)
+    hashes, found = hashes[positions], marks[positions] & 2
+    for size in range(3, _START + 1):
+        hashes = (hashes + lower[positions + size - 1]) * _MULTIPLIER
+        found |= table[hashes >> _SHIFT] & np.uint8(1 << (size - 1))
+    result = np.zeros(len(ends), dtype=bool)
+    result[np.searchsorted(ends, positions[found != 0], side="right")] = True
+    return result
+
+
+@cache
+def _phrase_starts() -> np.ndarray:
+    """Return uint8 [2^20] by hash: bit 0 for the first two characters of phrases, bit n-1 for their first n or all."""
+    table = np.zeros(1 << (32 - int(_SHIFT)), dtype=np.uint8)
+    for phrase in itertools.chain.from_iterable(
+        word_lists()[name] for name in ("adult", "advertisement", "boilerplate")
+    ):
+        for spaces in itertools.product(("", " "), repeat=phrase.count(" ")):
+            written = "".join(map(str.__add__, phrase.lower().split(" "), (*spaces, "")))
+            value = 0
+            for size, character in enumerate(written[:_START], 1):
+                value = (value + (ord(character) | 0x20)) * int(_MULTIPLIER) % 2**32
+                if size == 2:
+                    table[value >> int(_SHIFT)] |= 1
+            table[value >> int(_SHIFT)] |= 1 << (size - 1)
+    return table
 
 
 def adult_score(text: str) -> float:
@@ -140,14 +221,22 @@ def is_advertisement(text: str) -> bool:
 
 def is_boilerplate(text: str) -> bool:
     """Return whether the text is mostly page furniture, or mostly lines that repeat each other."""
+    return is_page_furniture(text) or repeats_lines(text)
+
+
+def is_page_furniture(text: str) -> bool:
+    """Return whether phrases of menus and page footers are both various and dense."""
     found = Counter(_pattern("boilerplate").findall(text.lower()))
-    if len(found) >= MIN_BOILERPLATE_PHRASES and found.total() * 1000 >= MIN_BOILERPLATE_DENSITY * len(text):
-        return True
+    return len(found) >= MIN_BOILERPLATE_PHRASES and found.total() * 1000 >= MIN_BOILERPLATE_DENSITY * len(text)
+
+
+def repeats_lines(text: str) -> bool:
+    """Return whether most characters stand in lines that repeat an earlier line."""
     lines = [line for line in text.split("\n") if line]
-    if len(lines) < MIN_LINES_TO_REPEAT:
+    distinct = set(lines)
+    if len(lines) < MIN_LINES_TO_REPEAT or len(distinct) == len(lines):
         return False
-    repeated = sum(map(len, lines)) - sum(map(len, set(lines)))
-    return repeated > MAX_REPEATED_SHARE * len(text)
+    return sum(map(len, lines)) - sum(map(len, distinct)) > MAX_REPEATED_SHARE * len(text)
 
 
 def _count(name: str, text: str) -> int:

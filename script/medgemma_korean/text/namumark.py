@@ -19,9 +19,15 @@ MAX_MACRO = 300
 
 # "{{{" is listed before "{{" so that the longest delimiter wins.
 _NAMU_DELIMITER = re.compile(r"(\{\{\{|\}\}\}|\[\[|\]\]|\{\{|\}\})")
-# "|}}" closes a template that ends in an empty argument, so the table closer must not be followed by "}".
-_WIKI_DELIMITER = re.compile(r"(\{\{\{|\}\}\}|\[\[|\]\]|\{\{|\}\}|^\{\||^\|\}(?!\}))", re.MULTILINE)
+# A run of braces, because only what is open tells how "}}}}" divides: "{{a|{{b}}}}" are two templates. "|}}" closes a
+# template that ends in an empty argument, so the table closer must not be followed by "}".
+_WIKI_DELIMITER = re.compile(r"(\{{2,}|\}{2,}|\[\[|\]\]|^\{\||^\|\}(?!\}))", re.MULTILINE)
 _OPENER_OF = {"}}}": "{{{", "]]": "[[", "}}": "{{", "|}": "{|"}
+_RUN = "{"  # the kind of MediaWiki's brace spans, whatever their width
+
+# Spans with nothing inside, which are most: what they become cannot depend on what is around them.
+_LEAF_LINK = re.compile(r"\[\[(?<!\[\[\[)([^\[\]{}|]{1,300}(?:\|[^\[\]{}|]{1,300})?)\]\]")
+_LEAF_GROUP = re.compile(r"\{\{\{(?<!\{\{\{\{)([^\[\]{}#]{1,2000})\}\}\}(?!\})")
 
 _DROPPED_LINK = re.compile(r":?\s*(?:파일|분류|그림|틀|미디어|file|image|category|media)\s*:", re.IGNORECASE)
 _LANGUAGE_LINK = re.compile(r"[a-z]{2,3}(?:-[a-z]{2,8})?:")
@@ -32,12 +38,12 @@ _BRACE_HEADER = re.compile(
     r"\{\{\{(?:"
     rf"#!wiki(?:{_STYLE_ATTRIBUTE}+[ \t]*\n?|[^\n]*\n?)"
     r"|#!(?:folding|if)[^\n]*\n?"
-    r"|#!(?!syntax|html)[a-z]+[ \t]*\n?"
+    r"|#!(?!syntax|html|style)[a-z]+[ \t]*\n?"
     # A colour or size is followed by a space; some pages forget it before bold text or another group.
     r"|(?:#[A-Za-z0-9]{3,20}(?:,[ ]?#[A-Za-z0-9]{3,20})?|[+-][1-5])(?:[ \n]|(?=''|\[\[|\{\{\{)))"
 )
 
-_COMMENT_LINE = re.compile(r"^##[^\n]*\n?", re.MULTILINE)
+_COMMENT_LINE = re.compile(r"##(?<![^\n]##)[^\n]*\n?")
 _BRACKET = re.compile(r"(\[|\]|\n[ \t]*\n)")
 _EMPTY_MACRO = re.compile(
     r"(?:목차|tableofcontents|각주|footnote|clearfix|date|datetime|pagecount)(?:\([^\n]*\))?"
@@ -58,18 +64,22 @@ _UNDERLINE = re.compile(r"__([^_\n]{1,200}(?:_[^_\n]{1,200}){0,3})__")
 _SUPERSCRIPT = re.compile(r"\^\^([^\s^](?:[^^\n]{0,60}[^\s^])?)\^\^")
 _SUBSCRIPT = re.compile(r",,([^\s,](?:[^,\n]{0,60}[^\s,])?),,")
 _CELL = re.compile(
-    r"\|\|(?:[ ]?<(?:[:()]|-[0-9]{1,3}|[\^v]?\|[0-9]{1,3}|#[^<>\n]{1,40}|nopad|keepall"
+    r"\|\|(?:[ ]?<(?:[:()]|-[0-9]{1,3}|[\^v]?\|[0-9]{1,3}|#[^<>\n]{1,40}|nopad|(?:row|col)?keepall"
     r"|(?:table|row|col)?[ ]?(?:align|width|height|bgcolor|bordercolor|color|style|class)[^<>\n]{0,120})>){0,20}",
     re.IGNORECASE,
 )
-_CAPTION = re.compile(r"^[ ]*\|([^|\n]{1,200})\|(?=[^|\n])", re.MULTILINE)
-_RULE_LINE = re.compile(r"^-{4,}[ ]*$", re.MULTILINE)
+# A line is found by the break before it, a literal, and not by "^": see `_each_line`.
+_CAPTION = re.compile(r"\n[ ]*\|([^|\n]{1,200})\|(?=[^|\n])")
+_RULE_LINE = re.compile(r"\n-{4,}[ ]*$", re.MULTILINE)
 _NAMU_LINE_MARK = re.compile(
-    r"^[ \t]*>[> \t]*(?:\*+[ \t]*)?|^[ \t]+(?:\*[ \t]*|(?:1|[aAiI])\.(?:#[0-9]{1,6})?[ \t]+)?|^\*[ \t]+",
-    re.MULTILINE,
+    # A list, a quotation, a list in a quotation, or a quotation in a list.
+    r"\n(?:[ \t]*>[> \t]*(?:\*+[ \t]*)?|\*[ \t]+"
+    r"|[ \t]+(?:(?:\*[ \t]*|(?:1|[aAiI])\.(?:#[0-9]{1,6})?[ \t]+)(?:>[> \t]*(?:\*+[ \t]*)?)?)?)"
 )
-_WIKI_LINE_MARK = re.compile(r"^(?!#(?:redirect|넘겨주기))[*#:;]{1,20}[ \t]*", re.MULTILINE | re.IGNORECASE)
-_WIKI_EXTERNAL = re.compile(r"\[https?://[^\s\[\]]{1,2000}(?:[ ]([^\[\]\n]{0,500}))?\]")
+_WIKI_LINE_MARK = re.compile(r"\n(?!#(?:redirect|넘겨주기))[*#:;]{1,20}[ \t]*", re.IGNORECASE)
+_WIKI_EXTERNAL = re.compile(
+    r"\[(?:(?:https?:|ftps?:)?//|mailto:)[^\s\[\]]{1,2000}(?:[ ]([^\[\]\n]{0,500}))?\]", re.IGNORECASE
+)
 _MAGIC_WORD = re.compile(r"__(?:NOTOC|TOC|NOEDITSECTION|FORCETOC|목차|목차숨김|목차강제)__")
 # What a dropped template or file leaves behind: "윤상(, 1968년 …)" and "퍼니셔( )". A call such as main() stays.
 _ORPHAN_COMMA = re.compile(r"\([ ]?[,;·][ ]?")
@@ -115,7 +125,7 @@ def _strip_namumark(text: str) -> str:
     if "~~" in text:
         text = _TILDE_STRIKE.sub("", text)
     if "--" in text:
-        text = _DASH_STRIKE.sub("", _RULE_LINE.sub("", text))
+        text = _DASH_STRIKE.sub("", _each_line(_RULE_LINE, "\n", text) if "----" in text else text)
     if "''" in text:
         text = _STRAY_ITALIC.sub("", _ITALIC.sub(r"\1", text.replace("'''", "")))
     if "__" in text:
@@ -125,15 +135,15 @@ def _strip_namumark(text: str) -> str:
     if ",," in text:
         text = _SUBSCRIPT.sub(lambda match: lowered(match[1]), text)
     if "||" in text:
-        text = _CELL.sub(" ", _CAPTION.sub(r"\1||", text))
-    text = _NAMU_LINE_MARK.sub("", text)
+        text = _CELL.sub(" ", _each_line(_CAPTION, r"\n\1||", text))
+    text = _each_line(_NAMU_LINE_MARK, "\n", text)
     return _drop_leftovers(text)
 
 
 def _strip_wikitext(text: str) -> str:
     if "[[" in text or "{" in text or "}}" in text or "]]" in text or "|}" in text:
         text = _resolve_spans(text, _WIKI_DELIMITER, _close_wiki)
-    if "[http" in text:
+    if "//" in text or "mailto:" in text:
         text = _WIKI_EXTERNAL.sub(lambda match: match[1] or "", text)
     # English news quotes ``like this'', where the marks are no italics.
     if "''" in text and "``" not in text:
@@ -141,9 +151,17 @@ def _strip_wikitext(text: str) -> str:
     if "__" in text:
         text = _MAGIC_WORD.sub("", text)
     if "----" in text:
-        text = _RULE_LINE.sub("", text)
-    text = _WIKI_LINE_MARK.sub("", text)
+        text = _each_line(_RULE_LINE, "\n", text)
+    text = _each_line(_WIKI_LINE_MARK, "\n", text)
     return _drop_leftovers(text)
+
+
+def _each_line(line: re.Pattern[str], replacement: str, text: str) -> str:
+    """Replace what `line`, which begins with a line break, finds in every line, the first one too.
+
+    The engine finds a literal fast, while "^" makes it try every character.
+    """
+    return line.sub(replacement, f"\n{text}")[1:]
 
 
 def _drop_leftovers(text: str) -> str:
@@ -156,25 +174,39 @@ def _resolve_spans(text: str, delimiter: re.Pattern[str], close: Callable[[str, 
     One flat output list with a start mark per open span: dissolving an opener costs nothing, because its text already
     stands in the list. A buffer per level would be copied on every dissolve, which is quadratic.
     """
+    # An empty one is left to the scanner: without it its neighbours might join to a delimiter.
+    text = _LEAF_LINK.sub(lambda match: close("]]", [match[1]]) or match[0], text)
+    if delimiter is _NAMU_DELIMITER:
+        text = _LEAF_GROUP.sub(r"\1", text)
     pieces = delimiter.split(text)
     output: list[str] = [pieces[0]]
-    opened: list[tuple[str, int]] = []
-    open_count = dict.fromkeys(_OPENER_OF.values(), 0)
+    opened: list[tuple[str, int, int]] = []  # kind, where it starts in the output, how wide it is
+    open_count = dict.fromkeys([*_OPENER_OF.values(), _RUN], 0)
+    runs = delimiter is _WIKI_DELIMITER
     for position in range(1, len(pieces), 2):
         token, following = pieces[position], pieces[position + 1]
-        opener = _OPENER_OF.get(token)
+        run = runs and token[0] in "{}" and token != "{|"
+        opener = (_RUN if token[0] == "}" else None) if run else _OPENER_OF.get(token)
         if opener is None:
             if len(opened) < MAX_DEPTH:
-                opened.append((token, len(output)))
-                open_count[token] += 1
+                kind = _RUN if run else token
+                opened.append((kind, len(output), len(token)))
+                open_count[kind] += 1
+        width = len(token)
         # The counter answers "is one open?" at once; searching the stack for every foreign closer is quadratic.
-        elif open_count[opener]:
+        while opener and width > 1 and open_count[opener]:
             while True:
-                kind, start = opened.pop()
+                kind, start, wide = opened.pop()
                 open_count[kind] -= 1
                 if kind == opener:
                     break
-            output[start:] = [close(token, output[start:])]
+            # Three braces are a parameter, two a template; what is left of a wider opener stays open.
+            taken = min(wide, width, 3) if run else width
+            output[start:] = [close(token[:taken], output[start:])]
+            width -= taken
+            if run and wide - taken > 1:
+                opened.append((kind, start, wide - taken))
+                open_count[kind] += 1
         if following:
             output.append(following)
     return "".join(output)
@@ -186,7 +218,7 @@ def _close_namu(closer: str, pieces: list[str]) -> str:
     if closer == "]]":
         return _link_text("".join(pieces))
     if closer == "}}}":
-        return "" if pieces[0].startswith(("#!syntax", "#!html")) else "".join(pieces)
+        return "" if pieces[0].startswith(("#!syntax", "#!html", "#!style")) else "".join(pieces)
     # NamuMark has no templates in braces: "{{|boxed text|}}" is prose.
     return "".join(pieces).strip("|")
 
@@ -202,9 +234,10 @@ def _close_wiki(closer: str, pieces: list[str]) -> str:
 
 def _link_text(content: str) -> str:
     """Return what a reader sees of `[[content]]`."""
-    if _DROPPED_LINK.match(content[:40]):
-        return ""
     target, bar, label = content.partition("|")
+    if ":" in target and _DROPPED_LINK.match(target[:40]):
+        # With a colon before it, it is no file or category but a link to one, which shows its label.
+        return label if target.startswith(":") else ""
     # Stray brackets far apart are no link, and the text between them is prose.
     if "\n" in target or len(target) > MAX_TARGET:
         return content
