@@ -175,9 +175,9 @@ def normalise_block(text: str) -> str:
 
 
 def _tidy_lines(text: str) -> str:
-    while "  " in text:  # halves a run of spaces; an expression stops at every single space
-        text = text.replace("  ", " ")
-    return _BLANK_LINES.sub("\n\n", text.replace(" \n", "\n").replace("\n ", "\n")).strip()
+    if "  " in text:
+        text = _SPACES.sub(" ", text)
+    return _BLANK_LINES.sub("\n\n", "\n".join([line.strip(" ") for line in text.split("\n")])).strip()
 
 
 def clean_text(text: str, rules: str) -> str:
@@ -212,23 +212,29 @@ def clean_batch(texts: Iterable[str], rules: str) -> list[str]:
 
 def remove_personal(text: str) -> str:
     """Return `text` without URLs, e-mail addresses, Korean telephone and resident registration numbers."""
-    if "://" in text or "www." in text or "WWW." in text:
+    given = text
+    if _holds(text, "://") or _holds(text, "www.") or _holds(text, "WWW."):
         text = _URL.sub(_REMOVED, text)
     if "@" in text:
         text = _EMAIL.sub(_REMOVED, text).replace(f"mailto:{_REMOVED}", _REMOVED)
     if "-" in text and _RESIDENT_TAIL.search(text):
         text = _RESIDENT_NUMBER.sub(_REMOVED, text)
-    if "(0" in text:
+    if _holds(text, "(0"):
         text = _BRACKETED_TELEPHONE.sub(_REMOVED, text)
     text = _TELEPHONE.sub(_REMOVED, text)
-    if "+82" in text:
+    if _holds(text, "+82"):
         text = _FOREIGN_TELEPHONE.sub(_REMOVED, text)
     text = _SERVICE_NUMBER.sub(_drop_service_number, text)
-    if _REMOVED in text:
+    if text is not given:
         text = _REMOVED_SOURCE.sub("", text)
         for form in _REMOVED_FORMS:
             text = text.replace(form, "")
     return text
+
+
+def _holds(text: str, literal: str) -> bool:
+    """`literal in text`, but where its first character is missing in a tenth of the time."""
+    return literal[0] in text and literal in text
 
 
 def _drop_service_number(match: re.Match[str]) -> str:

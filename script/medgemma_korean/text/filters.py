@@ -165,7 +165,7 @@ def _may_hold_phrases(points: np.ndarray, ends: np.ndarray) -> np.ndarray:
     # Bit 5 is set for a search without case; what else it makes equal is found out by the real search.
     lower = np.append(points, np.zeros(_START, dtype=np.uint32)) | np.uint32(0x20)
     hashes = (lower[:-_START] * _MULTIPLIER + lower[1 : 1 - _START]) * _MULTIPLIER
-    marks = table[hashes >> _SHIFT]
+    marks = table.take(hashes >> _SHIFT, mode="wrap")  # no index is too large, and other modes are slower
     positions = np.flatnonzero(marks != 0)
     hashes, found = hashes[positions], marks[positions] & 2
     for size in range(3, _START + 1):

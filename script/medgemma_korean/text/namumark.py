@@ -25,10 +25,6 @@ _WIKI_DELIMITER = re.compile(r"(\{{2,}|\}{2,}|\[\[|\]\]|^\{\||^\|\}(?!\}))", re.
 _OPENER_OF = {"}}}": "{{{", "]]": "[[", "}}": "{{", "|}": "{|"}
 _RUN = "{"  # the kind of MediaWiki's brace spans, whatever their width
 
-# Spans with nothing inside, which are most: what they become cannot depend on what is around them.
-_LEAF_LINK = re.compile(r"\[\[(?<!\[\[\[)([^\[\]{}|]{1,300}(?:\|[^\[\]{}|]{1,300})?)\]\]")
-_LEAF_GROUP = re.compile(r"\{\{\{(?<!\{\{\{\{)([^\[\]{}#]{1,2000})\}\}\}(?!\})")
-
 _DROPPED_LINK = re.compile(r":?\s*(?:파일|분류|그림|틀|미디어|file|image|category|media)\s*:", re.IGNORECASE)
 _LANGUAGE_LINK = re.compile(r"[a-z]{2,3}(?:-[a-z]{2,8})?:")
 _SECTION_ANCHOR = re.compile(r"#s-[0-9.]*[0-9]")
@@ -174,10 +170,6 @@ def _resolve_spans(text: str, delimiter: re.Pattern[str], close: Callable[[str, 
     One flat output list with a start mark per open span: dissolving an opener costs nothing, because its text already
     stands in the list. A buffer per level would be copied on every dissolve, which is quadratic.
     """
-    # An empty one is left to the scanner: without it its neighbours might join to a delimiter.
-    text = _LEAF_LINK.sub(lambda match: close("]]", [match[1]]) or match[0], text)
-    if delimiter is _NAMU_DELIMITER:
-        text = _LEAF_GROUP.sub(r"\1", text)
     pieces = delimiter.split(text)
     output: list[str] = [pieces[0]]
     opened: list[tuple[str, int, int]] = []  # kind, where it starts in the output, how wide it is

@@ -235,6 +235,8 @@ def _refine_batch(
     job: Job, batch: Batch, held_out: Any, train_items: Any, tally: Tally
 ) -> tuple[list[int], list[str], list[int]]:
     """The rows, texts and sizes of what is left of a batch, everything else counted with one reason."""
+    import pyarrow.compute
+
     from medgemma_korean.text.clean import clean_batch
     from medgemma_korean.text.decontaminate import touched_by_all
     from medgemma_korean.text.filters import drop_reasons
@@ -244,8 +246,10 @@ def _refine_batch(
     tally.bytes["read"] += sum(map(_size, batch.texts))
     rows, texts, sizes = [], [], []
     cleaned = clean_batch(batch.texts, job.rules)
-    for row, text, reason in zip(batch.rows, cleaned, drop_reasons(cleaned, job.language), strict=True):
-        size = _size(text)
+    # Arrow leaves the UTF-8 form in each string, so that hashing and writing it need not encode again.
+    lengths = pyarrow.compute.binary_length(pyarrow.array(cleaned, pyarrow.large_string())).to_pylist()
+    reasons = drop_reasons(cleaned, job.language)
+    for row, text, size, reason in zip(batch.rows, cleaned, lengths, reasons, strict=True):
         if reason:
             tally.add(reason, text, size)
             tally.sample(reason, text, place(job.task, row))
