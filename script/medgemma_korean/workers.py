@@ -26,6 +26,12 @@ def available() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def one_thread_each() -> None:
+    """Have libraries start no threads in the processes to come: nested ones only fight for the processors."""
+    for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "RAYON_NUM_THREADS", "ARROW_NUM_THREADS"):
+        os.environ.setdefault(name, "1")
+
+
 class Workers:
     """A pool of spawned processes that end with their parent, however that ends."""
 
@@ -38,9 +44,7 @@ class Workers:
         from concurrent.futures import ProcessPoolExecutor
         from multiprocessing import resource_tracker
 
-        # Each worker is one thread: nested ones only fight for the processors.
-        for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "RAYON_NUM_THREADS", "ARROW_NUM_THREADS"):
-            os.environ.setdefault(name, "1")
+        one_thread_each()
         # Python's own helper process outlives the other two signals to a group, but not the end of a terminal.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
         resource_tracker.ensure_running()

@@ -7,6 +7,7 @@ Writes  data/02_refined/00_plain_text/{train,validation}.jsonl, ledger.json, dro
 
     python script/refine/refine_00_plain_text.py --model tiny
     python script/refine/refine_00_plain_text.py --model tiny --show advertisement     # what a rule dropped
+    python script/refine/refine_00_plain_text.py --model medgemma-4b --executor slurm --partition cpu
 
 Workers refine shards of the raw files, which are kept until all is done: a run that breaks off continues with the
 shards that are left. The result is the same for any number of workers.
@@ -93,6 +94,28 @@ def jobs_of(paths: RunPaths, exams: Any) -> dict[str, list]:
     if problems:
         raise PipelineError("\n".join(problems))
     return jobs
+
+
+def spread(args: argparse.Namespace, paths: RunPaths) -> bool:
+    """Pass 1 by an executor of datatrove; False when the queue of a cluster does the rest too."""
+    from medgemma_korean.text import cluster
+
+    exams = exam_items(paths)
+    again = [sys.executable, str(Path(__file__).resolve()), *cli.shared_argv(args), "--seed", str(args.seed)]
+    again += ["--max-samples", str(args.max_samples)] if args.max_samples else []
+    again += ["--keep-shards"] if args.keep_shards else []
+    options = dict(option.partition("=")[::2] for option in args.sbatch)
+    if args.executor == "slurm" and not args.partition:
+        raise PipelineError("--executor slurm: name a partition with --partition (`sinfo` lists them)")
+    return cluster.spread(
+        args.executor,
+        [job for of_language in jobs_of(paths, exams).values() for job in of_language],
+        exams,
+        paths.logs / f"datatrove_{paths.name}",
+        workers=args.workers,
+        slurm=cluster.Slurm(args.partition, args.time, options) if args.partition else None,
+        again=again,
+    )
 
 
 def make_shards(pool: workers.Workers, jobs: list, stage: Stage) -> None:
@@ -212,6 +235,16 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--max-samples", type=cli.positive_int, metavar="N", help="keep at most N Korean documents")
     parser.add_argument("--seed", type=int, default=17, help="seed of that sample (default: 17)")
     parser.add_argument("--workers", type=cli.positive_int, metavar="N", help="processes (default: one a processor)")
+    parser.add_argument(
+        "--executor",
+        choices=("local", "datatrove-local", "slurm", "ray"),
+        default="local",
+        help="what makes the shards (default: processes of this program); the others are datatrove's, an optional "
+        "requirement, and slurm and ray have not been run on a cluster yet",
+    )
+    parser.add_argument("--partition", metavar="NAME", help="of the Slurm cluster")
+    parser.add_argument("--time", default="02:00:00", metavar="H:M:S", help="limit of a Slurm task (default: 02:00:00)")
+    parser.add_argument("--sbatch", action="append", default=[], metavar="OPTION=VALUE", help="account=..., qos=...")
     parser.add_argument("--keep-shards", action="store_true", help="keep 02_refined/.shards for the next refinement")
     parser.add_argument("--show", metavar="REASON", help="print examples of what was dropped for a reason, and end")
     parser.add_argument("--number", type=cli.positive_int, default=10, metavar="N", help="how many (default: 10)")
@@ -252,6 +285,8 @@ def main(argv: list[str] | None = None) -> int:
     )
     if (code := stage.already_complete()) is not None:
         return code
+    if args.executor != "local" and not spread(args, paths):
+        return 0
     with writing_to(paths.refined), stage.work() as folder:
         from medgemma_korean.text import shards
 
