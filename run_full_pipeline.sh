@@ -27,6 +27,7 @@ what
                        add_lora_second train_02 report (a unique prefix will do)
   --skip-00, --skip-01, --skip-02
                        leave a training out; --skip-01 needs no dictionary and no sentence pairs
+  --no-veterinary      leave the animal dictionary out
 how
   --epochs-00 N, --epochs-01 N, --epochs-02 N
                        passes over the data of a training (default: the model's profile)
@@ -55,7 +56,7 @@ mode=run
 json=()
 run=()                                   # which run: every program takes these
 range=()                                 # for plan.py alone
-force=() regression=() device=() samples=() skip_01=()
+force=() regression=() device=() samples=() skip_01=() veterinary=()
 epochs_00=() epochs_01=() epochs_02=()
 given=("$@")
 
@@ -77,6 +78,7 @@ while (($#)); do
     --epochs-02) epochs_02=(--epochs "$2"); range+=("$1" "$2"); shift ;;
     --skip-00 | --skip-02) range+=("$1") ;;
     --skip-01) range+=("$1"); skip_01=("$1") ;;
+    --no-veterinary) veterinary=("$1") ;;
     --force) force=("$1") ;;
     --allow-regression) regression=("$1") ;;
     --json) json=("$1") ;;
@@ -199,7 +201,7 @@ for skip in $skipped; do note "$skip" skipped; done
 stage download download/download_all.py "${skip_01[@]}"
 
 # Clean, filter, de-duplicate and decontaminate the data.
-stage refine refine/refine_all.py "${skip_01[@]}"
+stage refine refine/refine_all.py "${skip_01[@]}" "${veterinary[@]}"
 
 # Extend the tokenizer for Korean medicine.
 stage prepare_tokenizer model/prepare_tokenizer.py

@@ -69,9 +69,11 @@ def run_job(script: Path, task: int, root: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_without_datatrove_one_message_says_how_to_install_it(root, run_program):
-    if INSTALLED:
-        pytest.skip("datatrove is installed")
+def test_without_datatrove_one_message_says_how_to_install_it(root, run_program, monkeypatch):
+    absent = root / "absent"
+    absent.mkdir()
+    (absent / "datatrove.py").write_text("raise ModuleNotFoundError(\"No module named 'datatrove'\")")
+    monkeypatch.setenv("PYTHONPATH", str(absent))
     done = run_program("refine_00_plain_text", "--executor", "datatrove-local")
     assert done.code == 2
     assert done.text.strip().splitlines()[-1] == (

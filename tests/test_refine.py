@@ -516,8 +516,13 @@ def test_without_stage_01(root, run_program):
     assert made["identity"]["inputs"]["dictionary"] is None
 
 
-def test_without_veterinary(root, load_program):
-    assert load_program("refine_01_medical_dict").main(["--no-veterinary"]) == 0
+def test_without_veterinary(root, run_program):
+    """refine_all hands its options on, and so does not find another setting than the program alone."""
+    assert run_program("refine_01_medical_dict", "--no-veterinary").code == 0
+    done = run_program("refine_all")
+    assert (done.code, "settings.veterinary: False -> True" in done.text) == (2, True), done.text[-500:]
+    done = run_program("refine_all", "--no-veterinary", "--workers", "2")
+    assert (done.code, "refine_01_medical_dict: already complete" in done.text) == (0, True), done.text[-500:]
     assert record(refined_of(root), "refine_01_medical_dict")["counts"]["dropped: veterinary"] == 30
     found = json.loads((refined_of(root) / "01_medical_dict.json").read_text(encoding="utf-8"))
     assert {c for r in found for c in r["category"]} == {"human"}

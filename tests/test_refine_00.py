@@ -10,7 +10,7 @@ import re
 import shutil
 import subprocess
 from collections import Counter
-from itertools import cycle
+from itertools import chain, cycle
 from pathlib import Path
 
 import pytest
@@ -36,6 +36,7 @@ from korean_corpus import (
 
 from medgemma_korean.cli import PipelineError
 from medgemma_korean.text import decontaminate, shards
+from medgemma_korean.text.dedup import BANDS
 
 WIKI, NAMU, WEB = "wikipedia-korean", "namu_wiki", "c4_korean"
 
@@ -474,9 +475,10 @@ def test_progress_is_said_in_megabytes_with_the_time_left(small_root, load_progr
     rng = random.Random(14)
     write(raw_of(small_root) / "00_korean" / name.strip() / "a.jsonl", [document(rng) for _ in range(40)])
     assert program.main([]) == 0
-    state = r"[\d.]+ [kM]B of [\d.]+ [kM]B raw, [\d.]+ [kM]?B/s"
+    state = r"[\d.]+ [kM]?B of [\d.]+ [kM]B (\w+), [\d.]+ [kM]?B/s"
     lines = re.findall(rf"^{state}, (\d+) min left$", capsys.readouterr().out, re.MULTILINE)
-    assert len(lines) == 5 and lines[-1] == "0"
+    steps = [["refined"] * 5, ["compared"] * BANDS, ["written"] * 4, ["compared"] * BANDS, ["written"]]
+    assert lines == [(step, "0") for step in chain(*steps)]
     progress = (small_root / "logs/progress_tiny.txt").read_text(encoding="utf-8")
     assert "refine" in progress and len(kept_texts(small_root)) == 160
 
@@ -616,7 +618,7 @@ def test_every_damaged_file_of_every_source_is_named_at_once(tmp_path):
 
 @pytest.mark.parametrize(
     "suffix, change",
-    [("parquet", cut), ("parquet", flip), ("keys.npy", cut), ("sig.npy", cut), ("json", cut)],
+    [(suffix, change) for suffix in ("parquet", "keys.npy", "sig.npy", "json") for change in (cut, flip)],
 )
 def test_a_damaged_shard_is_named(small_root, load_program, suffix, change):
     program = load_program("refine_00_plain_text")

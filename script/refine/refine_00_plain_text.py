@@ -118,25 +118,45 @@ def spread(args: argparse.Namespace, paths: RunPaths) -> bool:
     )
 
 
-def make_shards(pool: workers.Workers, jobs: list, stage: Stage) -> None:
-    """Pass 1: every shard that is not there yet, with MB/s and the time that is left."""
+class Meter:
+    """How far the three passes are, which take these shares of the time (measured on 2 GB), for file and log."""
+
+    SHARES = {"refined": 0.75, "compared": 0.05, "written": 0.20}
+
+    def __init__(self, stage: Stage, total: int) -> None:
+        self.stage, self.total, self.minute = stage, total, Every(60)
+        self.done, self.begun = dict.fromkeys(self.SHARES, 0.0), dict.fromkeys(self.SHARES, (0.0, 0.0))
+
+    def begin(self, step: str, there: float = 0) -> None:
+        """A pass starts, or goes on; `there`: bytes of raw text whose results an earlier run left."""
+        self.done[step] += there
+        self.begun[step] = time.monotonic(), self.done[step]
+
+    def add(self, step: str, size: float) -> None:
+        """A pass is done with `size` more bytes of raw text."""
+        self.done[step] += size
+        begun, before = self.begun[step]
+        rate = (self.done[step] - before) / max(time.monotonic() - begun, 1e-3)
+        state = f"{size_text(self.done[step])} of {size_text(self.total)} {step}, {size_text(rate)}/s"
+        whole = sum(share * self.done[name] for name, share in self.SHARES.items())
+        self.stage.tick(int(whole), self.total, state)
+        if self.minute():
+            log.info("%s, %.0f min left", state, (self.total - self.done[step]) / rate / 60)
+
+
+def make_shards(pool: workers.Workers, jobs: list, meter: Meter) -> None:
+    """Pass 1: every shard that is not there yet."""
     from medgemma_korean.text import shards
 
-    total, todo = sum(job.task.size for job in jobs), [job for job in jobs if not job.done]
-    done = there = total - sum(job.task.size for job in todo)
-    if there:
+    todo = [job for job in jobs if not job.done]
+    if len(todo) < len(jobs):
         log.info("%s of %s shards are there already", f"{len(jobs) - len(todo):,}", f"{len(jobs):,}")
-    begun, minute = time.monotonic(), Every(60)
+    meter.begin("refined", there=meter.total - sum(job.task.size for job in todo))
     for position, _ in pool.map(shards.work, todo):
-        done += todo[position].task.size
-        rate = (done - there) / max(time.monotonic() - begun, 1e-3)
-        state = f"{size_text(done)} of {size_text(total)} raw, {size_text(rate)}/s"
-        stage.tick(done, total, state)
-        if minute():
-            log.info("%s, %.0f min left", state, (total - done) / rate / 60)
+        meter.add("refined", todo[position].task.size)
 
 
-def write(pool: workers.Workers, jobs: list, decisions: Any, out: Path) -> None:
+def write(pool: workers.Workers, jobs: list, decisions: Any, out: Path, meter: Meter) -> None:
     """Pass 3: the kept documents in the order of the shards. Raises AssertionError when an exam item is among them."""
     from medgemma_korean.text import merge
 
@@ -150,11 +170,13 @@ def write(pool: workers.Workers, jobs: list, decisions: Any, out: Path) -> None:
     ready: set[int] = set()
     files = {state: open(out / name, "wb") for state, name in names.items()}  # noqa: SIM115 - closed below
     following = 0
+    meter.begin("written")
     try:
         for position, (_, left) in pool.map(merge.emit, emissions):
             if left:
                 raise AssertionError(f"held-out items are left in the training text: {sorted(set(left))[:3]}")
             ready.add(position)
+            meter.add("written", jobs[position].task.size)
             while following in ready:
                 for state, part in emissions[following].files.items():
                     with open(part, "rb") as opened:
@@ -168,13 +190,16 @@ def write(pool: workers.Workers, jobs: list, decisions: Any, out: Path) -> None:
 
 
 def refine(
-    pool: workers.Workers, jobs: list, raw: Path, language: str, out: Path, args: argparse.Namespace, profile: Any
+    pool: workers.Workers, jobs: list, raw: Path, out: Path, args: argparse.Namespace, profile: Any, meter: Meter
 ) -> dict:
     """Passes 2 and 3 of the text in `raw`; returns its ledger. Raises PipelineError when a split would be empty."""
     from medgemma_korean.text import ledger, merge
+    from medgemma_korean.text.dedup import BANDS
 
     out.mkdir(parents=True)
-    scratch = out / ".signatures"
+    scratch, language = out / ".signatures", jobs[0].language
+    step = sum(job.task.size for job in jobs) / BANDS
+    meter.begin("compared")
     decisions = merge.decide(
         jobs,
         scratch,
@@ -182,6 +207,7 @@ def refine(
         seed=args.seed,
         share=profile.validation_share,
         most=profile.validation_documents,
+        tick=lambda: meter.add("compared", step),
     )
     scratch.unlink()
     book = ledger.build(jobs, decisions)
@@ -192,7 +218,7 @@ def refine(
             raise PipelineError(
                 f"{show(raw)}: no {split} document is left of {read:,}; see the counts above, and give it more text"
             )
-    write(pool, jobs, decisions, out)
+    write(pool, jobs, decisions, out, meter)
     records.write_json(out / ledger.LEDGER, book)
     records.write_jsonl(out / ledger.DROPPED, ledger.dropped(jobs, decisions))
     clusters = book["near_duplicate_clusters"]["number"]
@@ -240,7 +266,7 @@ def make_parser() -> argparse.ArgumentParser:
         choices=("local", "datatrove-local", "slurm", "ray"),
         default="local",
         help="what makes the shards (default: processes of this program); the others are datatrove's, an optional "
-        "requirement, and slurm and ray have not been run on a cluster yet",
+        "requirement; no real cluster has been tried yet",
     )
     parser.add_argument("--partition", metavar="NAME", help="of the Slurm cluster")
     parser.add_argument("--time", default="02:00:00", metavar="H:M:S", help="limit of a Slurm task (default: 02:00:00)")
@@ -296,10 +322,11 @@ def main(argv: list[str] | None = None) -> int:
         small = sum(job.task.size for job in every) < SMALL
         number = 1 if small and not args.workers else min(args.workers or workers.available(), len(every))
         shards.remove_rests(paths.refined / ".shards")
+        meter = Meter(stage, sum(job.task.size for job in every))
         with workers.Workers(number, shards.prepare, (exams,)) as pool:
-            make_shards(pool, every, stage)
+            make_shards(pool, every, meter)
             korean, english = (
-                refine(pool, jobs[language], raw, language, folder / output.name, args, profile)
+                refine(pool, jobs[language], raw, folder / output.name, args, profile, meter)
                 for language, raw, output in (
                     ("ko", paths.raw_korean, paths.plain_text),
                     ("en", paths.raw_english, paths.english_replay),

@@ -28,6 +28,7 @@ import argparse
 import importlib.util
 import json
 import os
+import re
 import shutil
 import statistics
 import subprocess
@@ -37,6 +38,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 
 import raw_mix  # beside this file
 
@@ -188,25 +190,33 @@ class AtSpaces:
 
     word_tokenize = staticmethod(str.split)
 
+    def span_tokenize(self, text: str) -> list[tuple[int, int]]:
+        return [found.span() for found in re.finditer(r"[^.?!]+[.?!]* *", text)]
+
 
 def with_datatrove(data: Path, out: Path, own_filters: bool) -> dict:
+    import datatrove.utils.word_tokenizers as word_tokenizers
+
+    word_tokenizers.load_word_tokenizer = lambda language: AtSpaces()  # before other modules take it from there
+
     import datatrove.pipeline.decont.n_grams as decontamination
     import datatrove.pipeline.dedup.minhash as minhash
     import datatrove.pipeline.filters as filters
+    import datatrove.utils.hashes.xxhash as trove_xxhash
+    import xxhash
     from datatrove.executor import LocalPipelineExecutor
     from datatrove.pipeline.filters.base_filter import BaseFilter
     from datatrove.pipeline.formatters.base import BaseFormatter
     from datatrove.pipeline.readers import JsonlReader, ParquetReader
     from datatrove.pipeline.writers import JsonlWriter
-    from datatrove.utils import text as trove_text
     from datatrove.utils.hashing import HashConfig
 
     from medgemma_korean.text.clean import clean_text, rules_for
     from medgemma_korean.text.filters import drop_reason
 
+    # Its default, which xxhash 4 broke: that takes bytes only. sha1, its other one, is slower.
+    trove_xxhash.xxhash64 = lambda text: xxhash.xxh64_intdigest(text.encode())
     hashes = HashConfig(hash_fc="xxhash")
-    for module in (decontamination, minhash, trove_text):
-        module.load_word_tokenizer = lambda language: AtSpaces()
 
     class Clean(BaseFormatter):
         name = "our cleaner"
@@ -260,14 +270,14 @@ def _trove_index(data: Path, folder: Path, decontamination, config) -> None:  # 
     import numpy as np
     from datatrove.utils.hashing import create_hash_func
 
-    indexer = decontamination.NGramsDecontIndexer.__new__(decontamination.NGramsDecontIndexer)
-    indexer.config, indexer.tokenizer = config, AtSpaces()
-    indexer.hash_func = create_hash_func(config.hash_config)
+    # The class itself refuses to be made without lighteval.
+    indexer = SimpleNamespace(config=config, tokenizer=AtSpaces(), hash_func=create_hash_func(config.hash_config))
+    hashes_of = decontamination.NGramsDecontIndexer.compute_hashes
     found: set[int] = set()
     for split in ("dev", "test"):
         for line in (data / "01_raw" / "02_kor_med_test" / f"{split}.jsonl").read_text(encoding="utf-8").splitlines():
             item = json.loads(line)
-            found.update(indexer.compute_hashes(" ".join(item[key] for key in "ABCDE"), item["question"]))
+            found.update(hashes_of(indexer, " ".join(item[key] for key in "ABCDE"), item["question"]))
     folder.mkdir()
     np.array(sorted(found), dtype=config.hash_config.np_descr).tofile(folder / "exams.index.hashes")
 
@@ -331,18 +341,17 @@ def lines(results: dict[str, dict[str, list[Run]]], truths: dict[str, dict]) -> 
     yield f"{heads} {'wall s':>7} {'RSS MB':>7} {'RssAnon':>8}  found"
     for size, ways in results.items():
         for way, runs in ways.items():
-            rates = sorted(truths[size]["bytes"] / 1e6 / run.cpu for run in runs)
-            spread = f"{statistics.median(rates):5.1f} ({rates[0]:.1f} to {rates[-1]:.1f})"
             ours = next((name for name, others in BESIDE.items() if way in others), None)
-            ratio = ""
-            if ours in ways:
-                ratio = f"{_cpu(runs) / _cpu(ways[ours]):.2f}"
+            ratio = f"{_cpu(runs) / _cpu(ways[ours]):.2f}" if ours in ways else ""
             if way == "signatures":
-                spread, size = f"{statistics.median(run.found['seconds'] for run in runs):.0f} s of CPU", "-"
+                shown, spread = "-", f"{statistics.median(run.found['seconds'] for run in runs):.0f} s of CPU"
+            else:
+                rates = sorted(truths[size]["bytes"] / 1e6 / run.cpu for run in runs)
+                shown, spread = size, f"{statistics.median(rates):5.1f} ({rates[0]:.1f} to {rates[-1]:.1f})"
             memory = [max(run.rss for run in runs) / 1e6, max(run.anonymous for run in runs) / 1e6]
             wall = statistics.median(run.wall for run in runs)
             yield (
-                f"{size:>6} {way:<20} {spread:>22} {ratio:>10} {wall:7.1f} {memory[0]:7.0f} {memory[1]:8.0f}"
+                f"{shown:>6} {way:<20} {spread:>22} {ratio:>10} {wall:7.1f} {memory[0]:7.0f} {memory[1]:8.0f}"
                 f"  {_findings(runs[0].found)}"
             )
 

@@ -272,7 +272,7 @@ def _documents(writer: Writer, truth: Truth, source: str, size: float, items: li
         elif source == "c4_korean" and kind > 0.90:
             reason, text = _unwanted(writer, number, page)
             truth.dropped.setdefault(reason, []).append(number)
-        elif len(page) > 300:  # without its mark-up a shorter page may be too short
+        elif len(page) > 600:  # without its mark-up a shorter page may be too short
             truth.plain.append(number)
             if rng.random() < 2 * (EXACT + NEAR):
                 copies.append((number, text))

@@ -7,7 +7,7 @@ as everywhere. Passes 2 and 3 need all shards. On Slurm they are one more job, w
 same program with `--executor local`. All machines must see the data folder, the logs and the environment under the
 same paths.
 
-datatrove is optional: pip install -e '.[cluster]'. Of Slurm and Ray only what one machine can show was tried.
+datatrove is optional: pip install -e '.[cluster]'. Ray 2.60 was tried on one machine, of Slurm what it is told.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ false positives).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import xxhash
@@ -79,38 +79,41 @@ def _gram_hashes(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
     return hashes[inside], offsets
 
 
-def near_duplicate_of(signatures: np.ndarray) -> np.ndarray:
+def near_duplicate_of(signatures: np.ndarray, tick: Callable[[], None] = lambda: None) -> np.ndarray:
     """Return, int64 [n], -1 for every document that is kept and else the index of the earlier one it duplicates.
 
     `signatures` is uint32 [n, 128] in order of priority: the first of a group of near duplicates is kept. Groups are
     closed under union, so the kept document may differ more from a far member than from a near one.
-    Raises ValueError for another shape.
+    `tick` is called after each band. Raises ValueError for another shape.
     """
     if signatures.ndim != 2 or signatures.shape[1] != SLOTS:
         raise ValueError(f"signatures must have shape [n, {SLOTS}], found {list(signatures.shape)}")
-    count = len(signatures)
-    root = np.arange(count)
+    root = np.arange(len(signatures))
     for band in range(BANDS):
-        keys = _band_keys(signatures[:, band * ROWS_PER_BAND : (band + 1) * ROWS_PER_BAND])
-        # A stable sort keeps documents of one bucket in order, so the first of a bucket has the smallest index.
-        order = np.argsort(keys, kind="stable")
-        sorted_keys = keys[order]
-        same = np.flatnonzero(sorted_keys[1:] == sorted_keys[:-1]) + 1
-        if not len(same):
-            continue
-        starts = np.ones(count, dtype=bool)
-        starts[same] = False
-        first = order[np.maximum.accumulate(np.where(starts, np.arange(count), 0))][same]
-        # Also the neighbour: the first of a bucket may be a stranger that shares this band only.
-        pairs = np.stack([np.concatenate([first, order[same - 1]]), np.concatenate([order[same], order[same]])])
-        for low in range(0, pairs.shape[1], _VERIFY_CHUNK):
-            chunk = pairs[:, low : low + _VERIFY_CHUNK]
-            # Pairs joined in an earlier band need no second verification.
-            chunk = chunk[:, root[chunk[0]] != root[chunk[1]]]
-            equal = np.count_nonzero(signatures[chunk[0]] == signatures[chunk[1]], axis=1)
-            _union(root, chunk[:, equal >= MIN_AGREEMENT * SLOTS])
+        _join_band(root, signatures, band)
         root = _flatten(root)
-    return np.where(root == np.arange(count), -1, root)
+        tick()
+    return np.where(root == np.arange(len(root)), -1, root)
+
+
+def _join_band(root: np.ndarray, signatures: np.ndarray, band: int) -> None:
+    """Join, in place, the groups of documents that are equal in one band and alike in all slots."""
+    keys = _band_keys(signatures[:, band * ROWS_PER_BAND : (band + 1) * ROWS_PER_BAND])
+    # A stable sort keeps documents of one bucket in order, so the first of a bucket has the smallest index.
+    order = np.argsort(keys, kind="stable")
+    sorted_keys = keys[order]
+    same = np.flatnonzero(sorted_keys[1:] == sorted_keys[:-1]) + 1
+    starts = np.ones(len(keys), dtype=bool)
+    starts[same] = False
+    first = order[np.maximum.accumulate(np.where(starts, np.arange(len(keys)), 0))][same]
+    # Also the neighbour: the first of a bucket may be a stranger that shares this band only.
+    pairs = np.stack([np.concatenate([first, order[same - 1]]), np.concatenate([order[same], order[same]])])
+    for low in range(0, pairs.shape[1], _VERIFY_CHUNK):
+        chunk = pairs[:, low : low + _VERIFY_CHUNK]
+        # Pairs joined in an earlier band need no second verification.
+        chunk = chunk[:, root[chunk[0]] != root[chunk[1]]]
+        equal = np.count_nonzero(signatures[chunk[0]] == signatures[chunk[1]], axis=1)
+        _union(root, chunk[:, equal >= MIN_AGREEMENT * SLOTS])
 
 
 def _band_keys(band: np.ndarray) -> np.ndarray:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import random
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,12 +51,21 @@ class Decisions:
         return Counter((np.unique(near, return_counts=True)[1] + 1).tolist())
 
 
-def decide(jobs: Sequence[Job], scratch: Path, *, limit: int | None, seed: int, share: float, most: int) -> Decisions:
+def decide(
+    jobs: Sequence[Job],
+    scratch: Path,
+    *,
+    limit: int | None,
+    seed: int,
+    share: float,
+    most: int,
+    tick: Callable[[], None] = lambda: None,
+) -> Decisions:
     """The state of every document of the shards.
 
     scratch: a file for the signatures of all documents that are no exact duplicates; it is mapped, not loaded.
     limit: at most so many documents are kept, drawn with `seed` from all in proportion. share: of the documents, by
-    their own hash, for validation, and at most `most`.
+    their own hash, for validation, and at most `most`. tick: called after each of the BANDS steps of the comparison.
     """
     keys = [job.array("keys.npy") for job in jobs]
     starts = np.cumsum([0, *map(len, keys)])
@@ -76,7 +85,7 @@ def decide(jobs: Sequence[Job], scratch: Path, *, limit: int | None, seed: int, 
     del order, fresh, group, again
 
     left = np.flatnonzero(state != EXACT)
-    duplicate_of = dedup.near_duplicate_of(_signatures(jobs, starts, state, scratch))
+    duplicate_of = dedup.near_duplicate_of(_signatures(jobs, starts, state, scratch), tick)
     near = duplicate_of >= 0
     state[left[near]] = NEAR
     first[left[near]] = left[duplicate_of[near]]

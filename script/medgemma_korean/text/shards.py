@@ -6,7 +6,7 @@ versions, exam questions): a worker that finds them has nothing to do.
     <name>.parquet       the texts that passed the filters, with their rows
     <name>.keys.npy      uint64 [n, 3], their content keys (xxh3-128, two halves) and sizes in UTF-8 bytes
     <name>.sig.npy       uint32 [n, 128], their MinHash signatures
-    <name>.json          counts, contaminated documents, samples of what was dropped; written last
+    <name>.json          counts, contaminated documents, samples of what was dropped, and checksums; written last
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from medgemma_korean.cli import PipelineError
 from medgemma_korean.paths import show
 from medgemma_korean.text.documents import Batch, Task, place, read
 
-FORMAT = 1
+FORMAT = 2
 FILES = ("parquet", "keys.npy", "sig.npy", "json")  # of a shard, in the order in which they are written
 PART = ".part"  # ends the name of a file that is being written
 SAMPLES = 200  # dropped documents a reason that a shard keeps for a person to judge the rule by
@@ -112,14 +112,22 @@ class Job:
     def about(self) -> dict[str, Any]:
         """The record of the shard."""
         with self.reading("json") as path:
-            return json.loads(path.read_text(encoding="utf-8"))
+            about = json.loads(path.read_text(encoding="utf-8"))
+            if about.pop("digest", None) != records.digest_of(about):
+                raise ValueError("its checksum does not match")
+            return about
 
     def array(self, suffix: str, mapped: bool = False) -> Any:
         """An array of the shard. A mapped one holds a file handle."""
         import numpy as np
+        import xxhash
 
+        checksum = self.about()["checksums"][suffix]
         with self.reading(suffix) as path:
-            return np.load(path, mmap_mode="r" if mapped else None)
+            array = np.load(path, mmap_mode="r" if mapped else None)
+            if xxhash.xxh3_64_hexdigest(array) != checksum:
+                raise ValueError("its checksum does not match")
+            return array
 
 
 @dataclass
@@ -183,10 +191,13 @@ def refine_shard(job: Job, held_out: Any, train_items: Any) -> Path:
             keys.append(batch_keys)
             signed.append(batch_signatures)
             writer.write_table(pyarrow.table([rows, texts], schema=schema))
-    _save(job.path("keys.npy"), keys, np.empty((0, 3), dtype=np.uint64))
-    _save(job.path("sig.npy"), signed, np.empty((0, 128), dtype=np.uint32))
-    about = {"source": job.task.source, "language": job.language, "kept": sum(map(len, keys))}
-    records.write_json(job.path("json"), about | tally.as_json())
+    checksums = {
+        "keys.npy": _save(job.path("keys.npy"), keys, np.empty((0, 3), dtype=np.uint64)),
+        "sig.npy": _save(job.path("sig.npy"), signed, np.empty((0, 128), dtype=np.uint32)),
+    }
+    about = {"source": job.task.source, "language": job.language, "kept": sum(map(len, keys)), "checksums": checksums}
+    about = records.read_back(about | tally.as_json())
+    records.write_json(job.path("json"), about | {"digest": records.digest_of(about)})
     return job.path("json")
 
 
@@ -209,16 +220,20 @@ def remove_rests(folder: Path) -> None:
         rest.unlink()
 
 
-def _save(path: Path, arrays: Sequence[Any], empty: Any) -> None:
-    """Rows of several arrays as one `.npy` file, without a copy of them all."""
+def _save(path: Path, arrays: Sequence[Any], empty: Any) -> str:
+    """Write rows of several arrays as one `.npy` file, without a copy of them all; returns the rows' xxh3-64."""
     import numpy as np
+    import xxhash
 
-    count = sum(map(len, arrays))
+    checksum, count = xxhash.xxh3_64(), sum(map(len, arrays))
     about = {"descr": np.lib.format.dtype_to_descr(empty.dtype), "fortran_order": False}
     with _published(path) as part, open(part, "wb") as file:
         np.lib.format.write_array_header_1_0(file, about | {"shape": (count, empty.shape[1])})
         for array in arrays:
-            file.write(np.ascontiguousarray(array, dtype=empty.dtype).data)
+            rows = np.ascontiguousarray(array, dtype=empty.dtype)
+            file.write(rows.data)
+            checksum.update(rows)
+    return checksum.hexdigest()
 
 
 def _hashes(texts: list[str], sizes: list[int]) -> tuple[Any, Any]:
