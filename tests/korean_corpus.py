@@ -157,7 +157,8 @@ def record_of(root: Path) -> dict:
 
 def dropped_of(book: dict, source: str) -> dict[str, int]:
     """How many documents of a source were dropped, by reason."""
-    return {reason: found["documents"] for reason, found in book["sources"][source]["dropped"].items()}
+    found = book["sources"][source]["dropped"].items()
+    return {reason: pair["documents"] for reason, pair in found if pair["documents"]}
 
 
 def kept_texts(root: Path, folder: str = "00_plain_text") -> list[str]:

@@ -45,7 +45,7 @@ def documents_of(language):
     """{source: {"read", "kept", reason: documents}} of the counts of one language."""
     return {
         name: {kind: of[kind]["documents"] for kind in ("read", "kept")}
-        | {reason: count["documents"] for reason, count in of["dropped"].items()}
+        | {reason: count["documents"] for reason, count in of["dropped"].items() if count["documents"]}
         for name, of in language["sources"].items()
     }
 

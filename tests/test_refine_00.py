@@ -35,7 +35,7 @@ from korean_corpus import (
 )
 
 from medgemma_korean.cli import PipelineError
-from medgemma_korean.text import decontaminate, shards
+from medgemma_korean.text import decontaminate, ledger, shards
 from medgemma_korean.text.dedup import BANDS
 
 WIKI, NAMU, WEB = "wikipedia-korean", "namu_wiki", "c4_korean"
@@ -156,7 +156,7 @@ def assert_sums(book: dict) -> None:
     for source, found in book["sources"].items():
         counts = [found["kept"], *found["dropped"].values()]
         assert found["read"]["documents"] == sum(count["documents"] for count in counts), source
-        assert all(count["documents"] > 0 for count in found["dropped"].values())
+        assert list(found["dropped"]) == ledger.reasons_of(book["language"])
         assert sum(count["bytes"] for count in counts) <= found["read"]["bytes"], source
         kept += found["kept"]["documents"]
     assert kept == sum(book["documents"].values())
@@ -169,11 +169,12 @@ def test_the_ledger_adds_up(planted):
         texts = kept_texts(planted.root, folder)
         assert len(texts) == sum(book["documents"].values())
         size = sum(found["kept"]["bytes"] for found in book["sources"].values())
-        assert size == sum(len(text.encode()) for text in texts)
+        assert size - book["validation_lines_removed"]["bytes"] == sum(len(text.encode()) for text in texts)
+        assert set(book["explained"]) <= set(book) | set(next(iter(book["sources"].values())))
     reads = {source: found["read"]["documents"] for source, found in planted.book["sources"].items()}
     number = {source: len(leaks) for source, leaks in planted.leaks.items()}
     assert reads == {WIKI: 700 + number[WIKI], NAMU: 800 + number[NAMU], WEB: 1400 + number[WEB]}
-    table = planted.printed.split("Korean ", 1)[1].split("\n\n")[0]
+    table = planted.printed.split("Korean: documents", 1)[1].split("\n\n")[0]
     for source, found in planted.book["sources"].items():
         (line,) = re.findall(rf"^{source} .*", table, re.MULTILINE)
         assert line.split()[1:3] == [f"{found[kind]['documents']:,}" for kind in ("read", "kept")]
@@ -315,6 +316,43 @@ def test_a_sample_is_seeded_and_in_proportion_and_the_split_is_by_content(tmp_pa
     assert min(chosen) < 100 and max(chosen) > 800
 
 
+def test_lines_of_held_out_text_are_taken_out_of_training_text(tmp_path, load_program, monkeypatch):
+    """A page that quotes a validation document loses the quotation; one that is little else is dropped."""
+    rng = random.Random(11)
+
+    def lines(number: int) -> list[str]:
+        return [" ".join(document(rng, length=(16, 20)).split()) for _ in range(number)]
+
+    texts = ["\n".join(lines(9)) for _ in range(40)]
+    root = make_root(tmp_path, {f"{WEB}/a.jsonl": texts})
+    program = load_program("refine_00_plain_text")
+    assert program.main([]) == 0
+    validation = [row["text"] for row in rows(refined_of(root) / "00_plain_text/validation.jsonl")]
+    assert book_of(root)["validation_lines_removed"] == {"lines": 0, "bytes": 0}
+    quoted, other = validation[0].split("\n"), validation[1].split("\n")
+    own = [lines(6) for _ in range(12)]
+    quoting = ["\n".join([*own[i][:3], *quoted[:3], *own[i][3:]]) for i in range(12)]
+    nothing_else = ["\n".join(["짧은 말.", *pair]) for pair in zip(other, quoted[3:])]
+    write(raw_of(root) / f"00_korean/{WEB}/b.jsonl", quoting + nothing_else)
+    assert program.main(["--force"]) == 0
+    train = [row["text"] for row in rows(refined_of(root) / "00_plain_text/train.jsonl")]
+    held_out = [row["text"] for row in rows(refined_of(root) / "00_plain_text/validation.jsonl")]
+    book = book_of(root)
+    assert_sums(book)
+    assert set(validation) < set(held_out)
+    held_lines = {line for text in held_out for line in text.split("\n")}
+    assert not held_lines & {line for text in train for line in text.split("\n")}
+    # By its own hash a document is held out itself; the others are in train without what they quote.
+    shortened = {"\n".join(mine) for mine, text in zip(own, quoting) if text not in held_out}
+    assert len(shortened) > 5 and shortened <= set(train)
+    emptied = [text for text in nothing_else if text not in held_out]
+    assert len(emptied) > 2 and dropped_of(book, WEB) == {"in_validation": len(emptied)}
+    assert book["validation_lines_removed"]["lines"] == 3 * len(shortened) + 2 * len(emptied)
+    assert book["validation_lines_removed"]["bytes"] == len(shortened) * sum(len(q.encode()) + 1 for q in quoted[:3])
+    shown = [row for row in rows(refined_of(root) / "00_plain_text/dropped.jsonl") if row["reason"] == "in_validation"]
+    assert sorted(row["text"] for row in shown) == sorted(text[:400] for text in emptied)
+
+
 # what a person looks at ---------------------------------------------------------------------------------
 
 
@@ -341,6 +379,8 @@ def test_show_prints_examples_of_every_reason(refined_root, show):
     for folder in ("00_plain_text", "00_english_replay"):
         for source, found in book_of(refined_root, folder)["sources"].items():
             for reason, count in found["dropped"].items():
+                if not count["documents"]:
+                    continue
                 reasons.add(reason)
                 number = len(re.findall(rf"^\[{source}/train\.jsonl, line \d+\]$", show(refined_root, reason), re.M))
                 assert number == count["documents"], (source, reason)
@@ -367,7 +407,8 @@ def test_show_prints_contaminated_documents_and_knows_no_other_reason(planted, s
         shown.count("\n" + "-" * 100 + "\n") == 2
         and len(re.findall(r"^\[.+, (?:row|line) [\d,]+: (?:dev|test|fewshot)/.+\]$", shown, re.M)) == 3
     )
-    with pytest.raises(PipelineError, match="^--show wrong: no examples; there are some of contaminated, .*too_short$"):
+    assert show(planted.root, "adult").startswith("no examples of adult; there are some of too_short, ")
+    with pytest.raises(PipelineError, match="^--show wrong: no such reason; there are redirect, too_short, "):
         show(planted.root, "wrong")
 
 

@@ -30,7 +30,7 @@ from medgemma_korean.cli import Every, PipelineError, log, size_text
 from medgemma_korean.paths import RunPaths, show
 from medgemma_korean.stage import Input, Stage
 
-FORMAT = 2
+FORMAT = 3
 # Cleanest first: of two equal documents the one from the earlier source is kept.
 PRIORITY = ("wikipedia_ko_2024", "wikipedia-korean", "namuwiki_extracted", "namu_wiki", "aihub", "c4_korean")
 SMALL = 30e6  # bytes of raw text that one process refines before further ones have started
@@ -156,25 +156,35 @@ def make_shards(pool: workers.Workers, jobs: list, meter: Meter) -> None:
         meter.add("refined", todo[position].task.size)
 
 
-def write(pool: workers.Workers, jobs: list, decisions: Any, out: Path, meter: Meter) -> None:
-    """Pass 3: the kept documents in the order of the shards. Raises AssertionError when an exam item is among them."""
+def write(pool: workers.Workers, jobs: list, decisions: Any, out: Path, meter: Meter) -> dict[str, int]:
+    """Pass 3: the kept documents in the order of the shards; returns what was taken out of them.
+
+    Documents of which nothing is left are dropped in `decisions`. Raises AssertionError when an exam item is written.
+    """
     from medgemma_korean.text import merge
 
     names = {merge.TRAIN: "train.jsonl", merge.VALIDATION: "validation.jsonl"}
-    parts = out / ".parts"
+    parts, lines = out / ".parts", out / ".lines"
     parts.mkdir(parents=True)
+    merge.write_held_out_lines(jobs, decisions, lines)
     emissions = [
-        merge.Emission(job, decisions.of_shard(i), {state: parts / f"{i}.{name}" for state, name in names.items()})
+        merge.Emission(
+            job, decisions.of_shard(i), {state: parts / f"{i}.{name}" for state, name in names.items()}, lines
+        )
         for i, job in enumerate(jobs)
     ]
+    removed = {"lines": 0, "bytes": 0}
     ready: set[int] = set()
     files = {state: open(out / name, "wb") for state, name in names.items()}  # noqa: SIM115 - closed below
     following = 0
     meter.begin("written")
     try:
-        for position, (_, left) in pool.map(merge.emit, emissions):
-            if left:
-                raise AssertionError(f"held-out items are left in the training text: {sorted(set(left))[:3]}")
+        for position, emitted in pool.map(merge.emit, emissions):
+            if emitted.left:
+                raise AssertionError(f"held-out items are left in the training text: {sorted(set(emitted.left))[:3]}")
+            decisions.of_shard(position)[emitted.emptied] = merge.HELD_OUT
+            removed["lines"] += emitted.lines
+            removed["bytes"] += emitted.bytes
             ready.add(position)
             meter.add("written", jobs[position].task.size)
             while following in ready:
@@ -187,6 +197,23 @@ def write(pool: workers.Workers, jobs: list, decisions: Any, out: Path, meter: M
         for file in files.values():
             file.close()
     parts.rmdir()
+    lines.unlink()
+    return removed
+
+
+def checked_ledger(jobs: list, decisions: Any, raw: Path) -> dict:
+    """The ledger of one language. Raises PipelineError, after printing it, when a split has no document."""
+    from medgemma_korean.text import ledger
+
+    book = ledger.build(jobs, decisions)
+    for split, number in book["documents"].items():
+        if not number:
+            log.info("%s", ledger.table(book, LANGUAGES[book["language"]]))
+            read = sum(of["read"]["documents"] for of in book["sources"].values())
+            raise PipelineError(
+                f"{show(raw)}: no {split} document is left of {read:,}; see the counts above, and give it more text"
+            )
+    return book
 
 
 def refine(
@@ -197,38 +224,33 @@ def refine(
     from medgemma_korean.text.dedup import BANDS
 
     out.mkdir(parents=True)
-    scratch, language = out / ".signatures", jobs[0].language
-    step = sum(job.task.size for job in jobs) / BANDS
+    scratch, step = out / ".signatures", sum(job.task.size for job in jobs) / BANDS
     meter.begin("compared")
     decisions = merge.decide(
         jobs,
         scratch,
-        limit=args.max_samples if language == "ko" else None,
+        limit=args.max_samples if jobs[0].language == "ko" else None,
         seed=args.seed,
         share=profile.validation_share,
         most=profile.validation_documents,
         tick=lambda: meter.add("compared", step),
     )
     scratch.unlink()
-    book = ledger.build(jobs, decisions)
-    log.info("%s", ledger.table(book, LANGUAGES[language]))
-    for split, number in book["documents"].items():
-        if not number:
-            read = sum(of["read"]["documents"] for of in book["sources"].values())
-            raise PipelineError(
-                f"{show(raw)}: no {split} document is left of {read:,}; see the counts above, and give it more text"
-            )
-    write(pool, jobs, decisions, out, meter)
+    checked_ledger(jobs, decisions, raw)
+    removed = write(pool, jobs, decisions, out, meter)
+    book = checked_ledger(jobs, decisions, raw) | {"validation_lines_removed": removed}
+    log.info("%s", ledger.table(book, LANGUAGES[book["language"]]))
     records.write_json(out / ledger.LEDGER, book)
     records.write_jsonl(out / ledger.DROPPED, ledger.dropped(jobs, decisions))
     clusters = book["near_duplicate_clusters"]["number"]
     kept = book["documents"]
     log.info(
-        "%s: %s train, %s; %s of near duplicates",
+        "%s: %s train, %s; %s of near duplicates; %s of held-out text taken out of train",
         out.name,
         f"{kept['train']:,}",
         cli.count(kept["validation"], "validation document"),
         cli.count(clusters, "cluster"),
+        cli.count(removed["lines"], "line"),
     )
     return book
 

@@ -62,14 +62,27 @@ def test_combining_marks_are_limited_before_normalising() -> None:
         ("자세한 내용은 https://example.org/a?b=1&c=%EA 참고", "자세한 내용은 참고"),
         ("누리집(https://example.org)에서 본다", "누리집에서 본다"),
         ("누리집https://example.org/경로에서", "누리집경로에서"),
-        ("www.example.org에서 본다.", "에서 본다."),
+        ("www.example.org에서 본다.", "본다."),
         ("보도 <http://example.org/x>이다", "보도이다"),
         ("끝이다(출처: http://a.bc/d).", "끝이다."),
         ("주소는 http://a.bc/d.", "주소는."),
-        ("메일은 hong.gil-dong@mail.example.co.kr로 보낸다", "메일은로 보낸다"),
+        ("메일은 hong.gil-dong@mail.example.co.kr로 보낸다", "메일은 보낸다"),
         ("메일(a_b@c.kr)로", "메일로"),
         ("골뱅이 @사용자 그리고 a@b 는 남는다", "골뱅이 @사용자 그리고 a@b 는 남는다"),
         ("전화 010-1234-5678로", "전화로"),
+        ("자료는 www.cdc.example.gov에서 본다.", "자료는 본다."),
+        ("문의: hong@example.com으로", "문의:"),
+        ("경찰 1577-1389에 알린다", "경찰에 알린다"),
+        ("링크는bit.ly/3abcD입니다", "링크는입니다"),
+        ("열린 방 open.kakao.com/o/gAbc 로", "열린 방 로"),
+        (
+            "Amazon.com 이사회, 농도 3.5/2.1, pH 7.4/7.2, e.g. 1.5 mg/mL",
+            "Amazon.com 이사회, 농도 3.5/2.1, pH 7.4/7.2, e.g. 1.5 mg/mL",
+        ),
+        ("자료 ftp://example.org/a 와 hxxp://example.org/b", "자료 와"),
+        ("표 ( https://example.org/a )를", "표를"),
+        ("☎ 1544 1234, 상담전화 15881234", "☎, 상담전화"),
+        ("열량 1588 1234와 1600 2000", "열량 1588 1234와 1600 2000"),
         ("전화 01023456789 끝", "전화 끝"),
         ("전화 010 1234 5678, 011-234-5678", "전화,"),
         ("전화: 010.1234.5678", "전화:"),
@@ -181,3 +194,14 @@ def test_clean_text_is_stable() -> None:
 
 def test_batch_keeps_order_and_length() -> None:
     assert clean_batch(["가 ", "", " 나"], "web") == ["가", "", "나"]
+
+
+def test_platform_templates_are_removed_from_web_text_alone() -> None:
+    kept = "청원합니다.\n의료진의 처우를 개선해 주세요."
+    raw = (
+        "청원합니다.\n클린봇이 부적절한 표현을 감지한 댓글입니다.\nnan\n의료진의 처우를 개선해 주세요."
+        "[본 게시물의 일부 내용이 국민 청원 요건에 위배되어 관리자에 의해 수정되었습니다]"
+    )
+    assert clean_text(raw, "web") == kept
+    assert "클린봇" in clean_text(raw, "wikitext")
+    assert clean_text("nan은 숫자가 아니다.\nnan", "web") == "nan은 숫자가 아니다."

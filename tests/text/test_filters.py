@@ -215,3 +215,17 @@ def test_word_lists_are_versioned_and_hold_no_bare_medical_word() -> None:
     # A phrase listed twice would count once and mislead whoever edits the list.
     for name in ("adult", "adult_context", "medical", "reporting", "advertisement", "boilerplate"):
         assert len(lists[name]) == len(set(lists[name])), name
+
+
+def test_a_leaflet_with_an_appointment_is_medicine_and_an_advertisement_of_surgery_is_none() -> None:
+    leaflet = (
+        "대장내시경 검사 전날 저녁은 흰죽을 드시고 자정부터 금식합니다. 항응고제를 복용하는 환자는 시술 5일 전에 진료를 받으세요. "
+        "당뇨병 약물은 검사 당일 아침에 복용하지 않습니다. 검사 뒤 복부 통증이나 출혈 증상이 있으면 응급실로 오세요. "
+        "용종 절제 후 합병증 예방을 위해 일주일간 음주를 피합니다. 예약 문의 및 상담 신청은 원무과, 무료 상담은 간호사실입니다."
+    )
+    surgery = (
+        "쌍꺼풀 수술 할인 이벤트! 선착순 한정 특가 판매, 지금 바로 신청. 무료 상담 환영, 카톡 문의 환영. "
+        "전후 사진은 누리집에서 보세요. 우리 의원은 수술 경험이 많습니다. 24시간 상담, 예약 문의도 받습니다. 친절 상담을 약속합니다."
+    )
+    assert drop_reason(leaflet, "ko") is None
+    assert drop_reason(surgery, "ko") == "advertisement"

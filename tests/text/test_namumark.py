@@ -225,3 +225,23 @@ def test_hostile_input_is_linear(rules: str) -> None:
         if times[1] > 0.5 and times[1] > 3.5 * times[0]:
             quadratic[name] = times
     assert quadratic == {}
+
+
+@pytest.mark.parametrize(
+    ("raw", "expected"),
+    [
+        ("무산되었다.[[https://example.org/a|#]] 이후", "무산되었다. 이후"),
+        ("공언했으나([[https://example.org/a|#1]]), 실제로", "공언했으나, 실제로"),
+        ("[[https://example.org/a|2]]번", "번"),
+        ("[[어메이징 스파이더맨|#129]]에서", "#129에서"),
+        ("[[https://example.org/a|보도]]에서", "보도에서"),
+        ("1992년 11월 15일 ([age(1992-11-15)]세)생", "1992년 11월 15일생"),
+        ("[age(1992-11-15)]세", "세"),
+    ],
+)
+def test_references_and_ages_leave_nothing(raw: str, expected: str) -> None:
+    assert strip_markup(raw, "namumark") == expected
+
+
+def test_commas_between_lost_references() -> None:
+    assert strip_markup("효능,, , 부작용, 용법", "wikitext") == "효능, 부작용, 용법"

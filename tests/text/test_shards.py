@@ -315,23 +315,23 @@ def test_the_split_is_a_document_s_own(jobs, tmp_path) -> None:
 
 
 def test_what_is_written_is_what_was_decided(jobs, tmp_path, monkeypatch) -> None:
-    decided = decide(jobs, tmp_path)
+    decided, held_out = decide(jobs, tmp_path), tmp_path / "lines"
     shards.prepare(Exams((ITEM,), ()))
+    merge.write_held_out_lines(jobs, decided, held_out)
     for number, job in enumerate(jobs):
         files = {merge.TRAIN: tmp_path / "train", merge.VALIDATION: tmp_path / "validation"}
-        written, left = merge.emit(merge.Emission(job, decided.of_shard(number), files))
-        assert left == []
+        emitted = merge.emit(merge.Emission(job, decided.of_shard(number), files, held_out))
+        assert emitted == merge.Emitted()
         texts = texts_of(job)
         for state, file in files.items():
             lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
             chosen = np.flatnonzero(decided.of_shard(number) == state)
             assert lines == [{"text": texts[i], "source": job.task.source} for i in chosen]
-            assert written[state] == len(lines)
     # The last look is at what is written.
     text = texts_of(jobs[0])[0]
     shards.prepare(Exams(({"id": "test/9", "question": text},), ()))
     files = {decided.state[0]: tmp_path / "again"}
-    assert merge.emit(merge.Emission(jobs[0], decided.of_shard(0), files))[1] == ["test/9"]
+    assert merge.emit(merge.Emission(jobs[0], decided.of_shard(0), files, held_out)).left == ["test/9"]
 
 
 def test_many_shards_do_not_hold_many_files(jobs, tmp_path) -> None:

@@ -15,7 +15,7 @@ from functools import cache
 from medgemma_korean.text.namumark import lowered, raised, strip_markup
 
 # Raise it when a rule changes: it is part of the stage fingerprint, so that old refined text is redone.
-CLEAN_VERSION: int = 2
+CLEAN_VERSION: int = 3
 
 # Raw folder name -> rule set; what is not listed is web text.
 SOURCE_RULES: dict[str, str] = {
@@ -72,9 +72,15 @@ _ELEMENT = re.compile(r"<!--|<(script|style|ref|gallery|timeline|imagemap)(?:\s[
 # the text, because control characters are gone by then.
 _REMOVED = "\x00"
 _REMOVED_SOURCE = re.compile(f" ?\\((?:출처|참조|참고|링크|관련 ?기사)[ :]{{0,3}}{_REMOVED}[ ]?\\)")
+_REMOVED_BRACKETS = re.compile(f" ?\\( ?{_REMOVED} ?\\)")
+# "자료는 www.cdc.gov에서 본다" must not become "자료는에서 본다": the particle goes too, unless a bare noun
+# stands before it, as in "경찰 112에".
+_REMOVED_PARTICLE = re.compile(
+    f"(^|(?:[^가-힣 ]|[은는을를이가에의로와과도만서고며면라]) ?){_REMOVED}"
+    "(?:에서|으로|이라는|라는|[을를은는이가의에로와과도만])[은는도만]?(?![가-힣])",
+    re.MULTILINE,
+)
 _REMOVED_FORMS = (
-    f" ({_REMOVED})",
-    f"({_REMOVED})",
     f" <{_REMOVED}>",
     f"<{_REMOVED}>",
     f" {_REMOVED}",
@@ -86,7 +92,13 @@ _REMOVED_FORMS = (
 # ASCII only: an address glued to Hangul ends where the Korean particle starts. Its last character is never a full stop
 # or a comma, because those belong to the sentence.
 _URL_BODY = r"(?:[A-Za-z0-9\-._~:/?#@!$&*+,;=%]*[A-Za-z0-9/=&#_%~*\-])?"
-_URL = re.compile(rf"(?:[Hh][Tt][Tt][Pp][Ss]?://|[Ww][Ww][Ww]\.){_URL_BODY}")
+_URL = re.compile(rf"(?:[Hh][TtXx][TtXx][Pp][Ss]?://|[Ff][Tt][Pp]://|[Ww][Ww][Ww]\.){_URL_BODY}")
+# Without a scheme only a host with a path is an address: "1.5" and "Amazon.com" are text.
+_HOST_END = re.compile(r"\.(?:com|net|org|kr|me|ly|be|gl|gg|tv)/")
+_BARE_URL = re.compile(
+    r"[A-Za-z0-9](?<![A-Za-z0-9@._/-][A-Za-z0-9])[A-Za-z0-9-]{0,62}(?:\.[A-Za-z0-9-]{1,63}){0,4}"
+    rf"{_HOST_END.pattern}{_URL_BODY}"
+)
 _EMAIL = re.compile(
     r"[A-Za-z0-9._%+-](?<![A-Za-z0-9._%+-]{2})[A-Za-z0-9._%+-]{0,63}@(?:[A-Za-z0-9-]{1,63}\.){1,8}[A-Za-z]{2,24}"
 )
@@ -111,7 +123,7 @@ _FOREIGN_TELEPHONE = re.compile(
 )
 _SERVICE_NUMBER = re.compile(
     r"1(?<![0-9A-Za-z.,/:;~+-]1)(5(?:22|33|44|66|77|88|99)|6(?:00|44|61|66|70|88)|8(?:00|11|33|55|77|99))"
-    r"[-–]([0-9]{4})(?![0-9]|[.,/:~-][0-9]|[ ]?(?:=|kcal|mg|ml|년|명|원))"
+    r"([-–]|[ ]?)([0-9]{4})(?![0-9]|[.,/:~-][0-9]|[ ]?(?:=|kcal|mg|ml|년|명|원))"
 )
 _TELEPHONE_CUE = re.compile(
     r"(?:전화|문의|상담|예약|콜센터|고객센터|연락처|번호|대표|[Tt][Ee][Ll]|☎|☏|📞)[^0-9\n]{0,8}$"
@@ -201,8 +213,30 @@ def clean_text(text: str, rules: str) -> str:
     if "&" in text:
         text = normalise_characters(_ENTITY.sub(lambda match: html.unescape(match[0]), text))
     text = _tidy_lines(text)
+    if rules == "web":
+        text = _drop_templates(text)
     useless = _SEPARATOR_LINE if rules == "web" else _DEBRIS_LINE
     return _BLANK_LINES.sub("\n\n", useless.sub("\n", f"\n{text}")).strip()
+
+
+def _drop_templates(text: str) -> str:
+    """Drop what platforms write into every page: whole lines, and phrases wherever they stand."""
+    phrases, template_lines = _templates()
+    for phrase in phrases:
+        if phrase in text:
+            text = text.replace(phrase, "")
+    lines = text.split("\n")
+    if template_lines.isdisjoint(lines):
+        return text
+    return "\n".join([line for line in lines if line not in template_lines])
+
+
+@cache
+def _templates() -> tuple[tuple[str, ...], frozenset[str]]:
+    from medgemma_korean.text.filters import word_lists
+
+    lists = word_lists()
+    return tuple(lists["template_phrases"]), frozenset(lists["template_lines"])
 
 
 def clean_batch(texts: Iterable[str], rules: str) -> list[str]:
@@ -215,6 +249,8 @@ def remove_personal(text: str) -> str:
     given = text
     if _holds(text, "://") or _holds(text, "www.") or _holds(text, "WWW."):
         text = _URL.sub(_REMOVED, text)
+    if "/" in text and _HOST_END.search(text):
+        text = _BARE_URL.sub(_REMOVED, text)
     if "@" in text:
         text = _EMAIL.sub(_REMOVED, text).replace(f"mailto:{_REMOVED}", _REMOVED)
     if "-" in text and _RESIDENT_TAIL.search(text):
@@ -226,7 +262,8 @@ def remove_personal(text: str) -> str:
         text = _FOREIGN_TELEPHONE.sub(_REMOVED, text)
     text = _SERVICE_NUMBER.sub(_drop_service_number, text)
     if text is not given:
-        text = _REMOVED_SOURCE.sub("", text)
+        text = _REMOVED_PARTICLE.sub(rf"\1{_REMOVED}", _REMOVED_SOURCE.sub("", text))
+        text = _REMOVED_BRACKETS.sub("", text)
         for form in _REMOVED_FORMS:
             text = text.replace(form, "")
     return text
@@ -238,10 +275,13 @@ def _holds(text: str, literal: str) -> bool:
 
 
 def _drop_service_number(match: re.Match[str]) -> str:
-    """1588-1234 is a telephone number and 1588-1599 a span of years: a cue tells, or a pair that is no span."""
+    """1588-1234 is a telephone number and 1588-1599 a span of years: a cue tells, or a pair that is no span.
+
+    Without a hyphen two numbers are just that, unless there is a cue.
+    """
     cue = _TELEPHONE_CUE.search(match.string[max(0, match.start() - 20) : match.start()])
-    first, second = int("1" + match[1]), int(match[2])
-    no_span = second < first or (second >= 5000 and first % 100)
+    first, second = int("1" + match[1]), int(match[3])
+    no_span = match[2].strip() and (second < first or (second >= 5000 and first % 100))
     return _REMOVED if cue or no_span else match[0]
 
 

@@ -40,6 +40,8 @@ REPORTING_WEIGHT = 0.5
 # A page may mention "무료 상담" once or twice; three such phrases, one per 1,000 characters, are an advertisement.
 MIN_ADVERTISEMENT_HITS = 3
 MIN_ADVERTISEMENT_DENSITY = 1.0
+# A clinic's leaflet that also says "예약 문의" teaches medicine; an advertisement of surgery has fewer such words.
+ADVERTISEMENT_MEDICAL_WEIGHT = 0.25
 # Menus and page footers: several different phrases, close together.
 MIN_BOILERPLATE_PHRASES = 4
 MIN_BOILERPLATE_DENSITY = 4.0
@@ -52,6 +54,12 @@ MIN_LINES_TO_REPEAT = 6
 _START = 8
 _SHIFT = np.uint32(12)
 _MULTIPLIER = np.uint32(0x9E3779B1)
+
+# In the order of the checks.
+DROP_REASONS = {
+    "ko": ("redirect", "too_short", "korean_ratio", "adult", "advertisement", "boilerplate"),
+    "en": ("redirect", "too_short", "english_ratio", "adult", "advertisement", "boilerplate"),
+}
 
 _REDIRECT = re.compile(r"\s*#\s?(?:redirect|넘겨주기)[\s:\[]", re.IGNORECASE)
 
@@ -75,8 +83,7 @@ def _pattern(name: str) -> re.Pattern[str]:
 def drop_reason(text: str, language: str) -> str | None:
     """Return why a cleaned document is dropped, or None when it is kept.
 
-    `language` is "ko" or "en". Reasons, in the order of the checks: redirect, too_short, korean_ratio or english_ratio,
-    adult, advertisement, boilerplate. Raises ValueError for another language.
+    `language` is "ko" or "en". The reasons and their order are DROP_REASONS. Raises ValueError for another language.
     """
     return drop_reasons([text], language)[0]
 
@@ -214,8 +221,10 @@ def is_adult(text: str) -> bool:
 
 
 def is_advertisement(text: str) -> bool:
-    """Return whether advertising phrases are both frequent and dense."""
+    """Return whether advertising phrases are both frequent and dense, beside the medical words of the text."""
     hits = _count("advertisement", text)
+    if hits >= MIN_ADVERTISEMENT_HITS:
+        hits -= ADVERTISEMENT_MEDICAL_WEIGHT * _count("medical", text)
     return hits >= MIN_ADVERTISEMENT_HITS and hits * 1000 >= MIN_ADVERTISEMENT_DENSITY * len(text)
 
 

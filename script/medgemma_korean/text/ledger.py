@@ -17,11 +17,30 @@ import numpy as np
 
 from medgemma_korean import cli, records
 from medgemma_korean.text.documents import place
-from medgemma_korean.text.merge import EXACT, NEAR, REASONS, TRAIN, VALIDATION, Decisions, texts_of
+from medgemma_korean.text.filters import DROP_REASONS
+from medgemma_korean.text.merge import EXACT, HELD_OUT, NEAR, REASONS, TRAIN, VALIDATION, Decisions, texts_of
 from medgemma_korean.text.shards import EXCERPT, SAMPLES, Job
 
 LEDGER, DROPPED = "ledger.json", "dropped.jsonl"
 PAIRS = 100  # examples of exact and of near duplicates, each with the document that was kept
+
+EXPLAINED = {
+    "read": "documents of the source, with their raw bytes; a document of over a million characters counts as pieces",
+    "further_pieces": "pieces of such documents after the first",
+    "cleaned_away": "bytes of mark-up, addresses, numbers of persons, spaces and invisible characters",
+    "kept": "documents in train.jsonl and validation.jsonl, with their clean bytes",
+    "dropped": "documents dropped, each for the first reason that applies, with their clean bytes",
+    "contaminated_documents": "documents that hold an exam item of dev, test or fewshot, and which",
+    "held_out_items_touched": "those items",
+    "train_items_touched": "training items of the exam that stand in the text: counted, not dropped",
+    "near_duplicate_clusters": "groups of nearly equal documents, of which the first was kept; by_size counts it too",
+    "validation_lines_removed": "lines of validation.jsonl taken out of train.jsonl, which is so many bytes shorter",
+}
+
+
+def reasons_of(language: str) -> list[str]:
+    """Every reason for which a document of a language may be dropped, in the order of the checks."""
+    return [*DROP_REASONS[language], "contaminated", *REASONS.values()]
 
 
 def build(jobs: Sequence[Job], decisions: Decisions) -> dict[str, Any]:
@@ -46,15 +65,21 @@ def build(jobs: Sequence[Job], decisions: Decisions) -> dict[str, Any]:
             documents[source][reason] += int(np.count_nonzero(chosen))
             sizes[source][reason] += int(of_shard[chosen].sum())
     sources = {}
-    for source in documents:
-        reasons = sorted(documents[source].keys() - {"read", "kept", "passed", "further_pieces"})
-        sources[source] = {kind: _pair(documents[source], sizes[source], kind) for kind in ("read", "kept")}
-        sources[source]["further_pieces"] = documents[source]["further_pieces"]
-        sources[source]["dropped"] = {
-            r: _pair(documents[source], sizes[source], r) for r in reasons if documents[source][r]
+    for source, of in documents.items():
+        dropped = {r: _pair(of, sizes[source], r) for r in reasons_of(jobs[0].language)}
+        kept, read = (_pair(of, sizes[source], kind) for kind in ("kept", "read"))
+        clean = kept["bytes"] + sum(pair["bytes"] for pair in dropped.values())
+        sources[source] = {
+            "read": read,
+            "further_pieces": of["further_pieces"],
+            "cleaned_away": read["bytes"] - clean,
+            "kept": kept,
+            "dropped": dropped,
         }
     clusters = decisions.clusters
     return {
+        "explained": EXPLAINED,
+        "language": jobs[0].language,
         "sources": sources,
         "near_duplicate_clusters": {
             "number": clusters.total(),
@@ -75,15 +100,20 @@ def _pair(documents: Counter[str], sizes: Counter[str], reason: str) -> dict[str
 
 
 def table(ledger: dict[str, Any], title: str) -> str:
-    """Documents and megabytes in and out by source, and what was dropped for which reason."""
+    """Documents and megabytes in and out by source, how many documents were dropped for which reason, and which checks
+    dropped none."""
     sources = ledger["sources"]
-    reasons = sorted({reason for of in sources.values() for reason in of["dropped"]})
+    every = reasons_of(ledger["language"])
+    reasons = [r for r in every if any(of["dropped"][r]["documents"] for of in sources.values())]
     rows = []
     for name, of in sources.items():
-        counts = [f"{of['dropped'][r]['documents']:,}" if r in of["dropped"] else "" for r in reasons]
         totals = [f"{of[kind]['documents']:,}" for kind in ("read", "kept")]
-        rows.append([name, *totals, *(cli.size_text(of[kind]["bytes"]) for kind in ("read", "kept")), *counts])
-    return cli.table(rows, [title, "read", "kept", "read size", "kept size", *reasons])
+        sizes = [of["read"]["bytes"], of["cleaned_away"], of["kept"]["bytes"]]
+        counts = [f"{of['dropped'][reason]['documents']:,}" for reason in reasons]
+        rows.append([name, *totals, *map(cli.size_text, sizes), *counts])
+    head = [f"{title}: documents", "read", "kept", "read size", "cleaned away", "kept size", *reasons]
+    none = ", ".join(reason for reason in every if reason not in reasons)
+    return cli.table(rows, head) + f"\ndropped for none of: {none}"
 
 
 def dropped(jobs: Sequence[Job], decisions: Decisions) -> Iterator[dict[str, str]]:
@@ -96,22 +126,18 @@ def dropped(jobs: Sequence[Job], decisions: Decisions) -> Iterator[dict[str, str
     for reason, rows in sorted(samples.items()):
         for _, source, where, text in rows:
             yield {"reason": reason, "source": source, "where": where, "text": text}
-    for state in (EXACT, NEAR):
+    for state in (EXACT, NEAR, HELD_OUT):
         numbers = np.flatnonzero(decisions.state == state)
         # Spread over all documents, not the first of them.
         chosen = numbers[np.linspace(0, len(numbers) - 1, min(PAIRS, len(numbers))).astype(int)].tolist()
-        texts = _texts(jobs, decisions, {*chosen, *(int(decisions.first[n]) for n in chosen)})
+        texts = _texts(jobs, decisions, {*chosen, *(int(decisions.first[n]) for n in chosen)} - {-1})
         for number in chosen:
             source, where, text = texts[number]
-            kept = texts[int(decisions.first[number])]
-            yield {
-                "reason": REASONS[state],
-                "source": source,
-                "where": where,
-                "text": text[:EXCERPT],
-                "kept": kept[1],
-                "kept_text": kept[2][:EXCERPT],
-            }
+            row = {"reason": REASONS[state], "source": source, "where": where, "text": text[:EXCERPT]}
+            if state != HELD_OUT:
+                _, kept, kept_text = texts[int(decisions.first[number])]
+                row |= {"kept": kept, "kept_text": kept_text[:EXCERPT]}
+            yield row
 
 
 def _texts(jobs: Sequence[Job], decisions: Decisions, numbers: set[int]) -> dict[int, tuple[str, str, str]]:
@@ -129,12 +155,14 @@ def _texts(jobs: Sequence[Job], decisions: Decisions, numbers: set[int]) -> dict
 
 
 def examples(folders: Sequence[Path], reason: str, number: int) -> str:
-    """Examples of a reason as text to read. Raises PipelineError for a reason that nothing was dropped for."""
+    """Examples of a reason as text to read. Raises PipelineError for a reason that there is none of."""
     rows = [row for f in folders if (f / DROPPED).is_file() for row in records.read_jsonl(f / DROPPED)]
     reasons = Counter(row["reason"] for row in rows)
+    known = list(dict.fromkeys(r for language in DROP_REASONS for r in reasons_of(language)))
+    if reason not in known:
+        raise cli.PipelineError(f"--show {reason}: no such reason; there are {', '.join(known)}")
     if reason not in reasons:
-        known = f"some of {', '.join(sorted(reasons))}" if reasons else "none of any reason"
-        raise cli.PipelineError(f"--show {reason}: no examples; there are {known}")
+        return f"no examples of {reason}; there are some of {', '.join(r for r in known if r in reasons) or 'none'}"
     blocks = []
     for row in [r for r in rows if r["reason"] == reason][:number]:
         blocks.append(f"[{row['where']}]\n{row['text']}")

@@ -10,7 +10,8 @@ import contextlib
 import random
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +19,25 @@ import numpy as np
 
 from medgemma_korean import records
 from medgemma_korean.text import dedup
+from medgemma_korean.text.clean import normalise_block
+from medgemma_korean.text.filters import MIN_CHARACTERS
 from medgemma_korean.text.shards import Job, held_out_index
 
-TRAIN, VALIDATION, EXACT, NEAR, NOT_SAMPLED = range(5)
-REASONS = {EXACT: "exact_duplicate", NEAR: "near_duplicate", NOT_SAMPLED: "not sampled"}
+TRAIN, VALIDATION, EXACT, NEAR, NOT_SAMPLED, HELD_OUT = range(6)
+REASONS = {
+    EXACT: "exact_duplicate",
+    NEAR: "near_duplicate",
+    NOT_SAMPLED: "not sampled",
+    HELD_OUT: "in_validation",  # nothing is left of it without the lines that stand in held-out text
+}
+# Lines of held-out text are taken out of training text: what a page quotes of another is no duplicate, and yet a model
+# that has seen it scores too well. Shorter lines are headings and phrases of everyone.
+HELD_OUT_LINE = 20
 
 
 @dataclass
 class Decisions:
-    """state: uint8 [n], one of TRAIN to NOT_SAMPLED. first: int64 [n], the document that a duplicate repeats, or -1.
+    """state: uint8 [n], one of TRAIN to HELD_OUT. first: int64 [n], the document that a duplicate repeats, or -1.
 
     starts: int64 [shards + 1], the number of each shard's first document. sizes: uint64 [n], UTF-8 bytes.
     """
@@ -120,34 +131,70 @@ def _signatures(jobs: Sequence[Job], starts: np.ndarray, state: np.ndarray, scra
     return np.memmap(scratch, dtype=np.uint32, mode="r", shape=(count, dedup.SLOTS))
 
 
+def write_held_out_lines(jobs: Sequence[Job], decisions: Decisions, path: Path) -> None:
+    """The distinct lines of all validation documents, of HELD_OUT_LINE characters or more, as a JSON list."""
+    lines: set[str] = set()
+    for shard, job in enumerate(jobs):
+        positions = np.flatnonzero(decisions.of_shard(shard) == VALIDATION).tolist()
+        if positions:
+            texts = (text for _, text in texts_of(job, positions).values())
+            lines.update(line for text in texts for line in text.split("\n") if len(line) >= HELD_OUT_LINE)
+    records.write_json(path, sorted(lines))
+
+
+@lru_cache(maxsize=1)
+def _held_out_lines(path: Path) -> frozenset[str]:
+    return frozenset(records.read_json(path))
+
+
 @dataclass(frozen=True)
 class Emission:
-    """A shard to write: state of its documents, and the file that takes the documents of a state."""
+    """A shard to write: state of its documents, the file that takes the documents of a state, and held-out lines."""
 
     job: Job
     state: np.ndarray
     files: dict[int, Path]
+    held_out_lines: Path
 
 
-def emit(emission: Emission) -> tuple[dict[int, int], list[str]]:
+@dataclass
+class Emitted:
+    """What was written: exam items found in it, held-out lines taken out of the training text, how many bytes shorter
+    that is for it, and the documents, by position in the shard, of which too little was left to be written."""
+
+    left: list[str] = field(default_factory=list)
+    lines: int = 0
+    bytes: int = 0
+    emptied: list[int] = field(default_factory=list)
+
+
+def emit(emission: Emission) -> Emitted:
     """Write a shard's documents as JSONL parts; run in a worker that `shards.prepare` prepared.
 
-    Returns how many documents of each state were written, and the held-out exam items that are found in them: the
-    check that none is left is made on what is really written.
+    The check that no held-out exam item is left is made on what is really written.
     """
-    written, left = dict.fromkeys(emission.files, 0), []
+    done, held_out = Emitted(), _held_out_lines(emission.held_out_lines)
     with contextlib.ExitStack() as stack:
         files = {state: stack.enter_context(open(path, "wb")) for state, path in emission.files.items()}
         for start, table in _tables(emission.job, ["text"]):
             texts = table.column("text").to_pylist()
             states = emission.state[start : start + len(texts)]
             for state, file in files.items():
-                chosen = [texts[i] for i in np.flatnonzero(states == state)]
-                left += [item for items in held_out_index().touched_by_each(chosen) for item in items]
+                chosen = []
+                for i in np.flatnonzero(states == state).tolist():
+                    text = texts[i]
+                    if state == TRAIN and not held_out.isdisjoint(lines := text.split("\n")):
+                        done.lines += sum(line in held_out for line in lines)
+                        text = normalise_block("\n".join(line for line in lines if line not in held_out))
+                        if len(text) < MIN_CHARACTERS:
+                            done.emptied.append(start + i)
+                            continue
+                        done.bytes += len(texts[i].encode()) - len(text.encode())
+                    chosen.append(text)
+                done.left += [item for items in held_out_index().touched_by_each(chosen) for item in items]
                 rows = (records.dump({"text": text, "source": emission.job.task.source}) for text in chosen)
                 file.write("".join(row + "\n" for row in rows).encode())
-                written[state] += len(chosen)
-    return written, left
+    return done
 
 
 def texts_of(job: Job, positions: Sequence[int]) -> dict[int, tuple[int, str]]:

@@ -27,6 +27,8 @@ _RUN = "{"  # the kind of MediaWiki's brace spans, whatever their width
 
 _DROPPED_LINK = re.compile(r":?\s*(?:파일|분류|그림|틀|미디어|file|image|category|media)\s*:", re.IGNORECASE)
 _LANGUAGE_LINK = re.compile(r"[a-z]{2,3}(?:-[a-z]{2,8})?:")
+# "[[https://example.org/|#]]" and "|1]]" are a writer's references, of which a reader keeps nothing.
+_REFERENCE_MARK = re.compile(r"#?[0-9]{0,2}")
 _SECTION_ANCHOR = re.compile(r"#s-[0-9.]*[0-9]")
 _STYLE_ATTRIBUTE = r'(?:[ \t]*[a-z-]{1,20}[ \t]*=[ \t]*"[^"\n]{0,2000}")'
 # Removed before the scan, so that a group that is never closed leaves no header behind either.
@@ -46,6 +48,8 @@ _EMPTY_MACRO = re.compile(
     r"|(?:include|youtube|kakaotv|tvpot|nicovideo|navertv|vimeo|age|dday|anchor)\([^\n]*\)",
     re.IGNORECASE,
 )
+# "1992년 11월 15일 ([age(1992-11-15)]세)": an age that only the wiki's server knows.
+_AGE = re.compile(r"[ ]?\((?:만 ?)?\[age\([^\]\n]{0,20}\)\][ ]?세\)")
 _RUBY = re.compile(r"ruby\(([^,\n]*)(?:,[^\n]*)?\)", re.IGNORECASE)
 _MATH = re.compile(r"math\(([^\n]*)\)", re.IGNORECASE)
 
@@ -79,6 +83,8 @@ _WIKI_EXTERNAL = re.compile(
 _MAGIC_WORD = re.compile(r"__(?:NOTOC|TOC|NOEDITSECTION|FORCETOC|목차|목차숨김|목차강제)__")
 # What a dropped template or file leaves behind: "윤상(, 1968년 …)" and "퍼니셔( )". A call such as main() stays.
 _ORPHAN_COMMA = re.compile(r"\([ ]?[,;·][ ]?")
+# Between references that were cut.
+_LONE_COMMAS = re.compile(r",(?:[ ]?,){1,20}")
 _EMPTY_PARENTHESES = re.compile(r"\((?<![A-Za-z0-9_]\()[ ]{0,3}\)")
 
 _RAISED = str.maketrans("0123456789+-−n", "⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁻ⁿ")
@@ -116,6 +122,8 @@ def _strip_namumark(text: str) -> str:
     if "[[" in text or "{{" in text or "}}" in text or "]]" in text:
         text = _BRACE_HEADER.sub("{{{", text)
         text = _resolve_spans(text, _NAMU_DELIMITER, _close_namu)
+    if "[age(" in text:
+        text = _AGE.sub("", text)
     if "[" in text:
         text = _resolve_brackets(text)
     if "~~" in text:
@@ -148,6 +156,8 @@ def _strip_wikitext(text: str) -> str:
         text = _MAGIC_WORD.sub("", text)
     if "----" in text:
         text = _each_line(_RULE_LINE, "\n", text)
+    if ",," in text or ", ," in text:
+        text = _LONE_COMMAS.sub(",", text)
     text = _each_line(_WIKI_LINE_MARK, "\n", text)
     return _drop_leftovers(text)
 
@@ -234,7 +244,7 @@ def _link_text(content: str) -> str:
     if "\n" in target or len(target) > MAX_TARGET:
         return content
     if bar:
-        return label
+        return "" if len(label) <= 3 and "://" in target and _REFERENCE_MARK.fullmatch(label) else label
     target = _SECTION_ANCHOR.sub("", target)
     return target.lstrip(":/").removeprefix("wiki:").removeprefix("위키백과:")
 
