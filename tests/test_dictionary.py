@@ -54,6 +54,7 @@ CLEANED = [
     ("(약의)경구복용", "(약의)경구복용"),
     ("(심장의)세동 섬유성연축", "(심장의)세동 섬유성연축"),
     ("황반(망막에 존재)", "황반(망막에 존재)"),
+    ("대이증(大耳症)", "대이증(大耳症)"),
     ("간경변[증]", "간경변[증]"),
     ("각(脚) 경(莖) 병(柄)", "각(脚) 경(莖) 병(柄)"),
     ("감염성계<닭>기관지염", "감염성계<닭>기관지염"),
@@ -86,7 +87,12 @@ MORE = [
     ("β-차단제", "β-차단제"),
     ("p=0.05", "p=0.05"),
     ("T/NK-세포 림프종", "T/NK-세포 림프종"),
-    ("양구()", "양구"),  # an export lost the Hanja
+    ("양구()", "양구"),  # an export lost the Hanja,
+    ("열결(缺)", "열결"),  # some of them
+    ("족임읍(足泣)", "족임읍"),
+    ("외노궁=열결(缺)", "외노궁/열결"),
+    ("열결（\uf99c缺）", "열결(列缺)"),
+    ("각(脚) 경(莖大)", "각(脚) 경(莖大)"),  # of several words the number says nothing
     ("（골）수강＝골강", "(골)수강/골강"),
     ("1. α1-항트립신 결핍증 2. 폐기종", "α1-항트립신/결핍증/폐기종"),
     (
@@ -124,7 +130,8 @@ def test_terms(raw, term, gloss):
         ("각(脚)", ["각"]),
         ("근위축성 측삭경화증(筋萎縮性 側索硬化症)", ["근위축성 측삭경화증"]),
         ("황달(jaundice)", ["황달"]),
-        ("폐포자충증(J17.3*)", ["폐포자충증"]),
+        ("폐포자충증(J17.3*)", []),
+        ("열결(缺)", []),
         ("기생(증) 기생생활", []),  # two words; the bracket belongs to the first
         ("감염 전염 오염[발효]", []),
         ("간 스캔", []),
@@ -135,13 +142,45 @@ def test_plain_spellings_are_aliases(raw, aliases):
     assert list(clean_term(raw).aliases) == aliases
 
 
+@pytest.mark.parametrize(
+    "raw, term, code",
+    [
+        ("결핵성 수막염(G01*)", "결핵성 수막염", "G01*"),
+        ("결핵성 수막염（G01†）", "결핵성 수막염", "G01†"),
+        ("알츠하이머병에서의 치매(G30.-+)", "알츠하이머병에서의 치매", "G30.-+"),
+        ("뇌혈관질환에서의 뇌혈관 증후군 (I60-I67+)", "뇌혈관질환에서의 뇌혈관 증후군", "I60-I67+"),
+        ("남성생식기관의 결핵(N51.-*)", "남성생식기관의 결핵", "N51.-*"),
+        ("포이츠-제거스증후군(Q85.8)", "포이츠-제거스증후군", "Q85.8"),
+        ("비타민(B12)", "비타민(B12)", ""),
+        ("등뼈(T12)", "등뼈(T12)", ""),
+        ("백회(GV20)", "백회(GV20)", ""),
+        ("(G01*)", "G01*", ""),
+    ],
+)
+def test_a_code_of_the_kcd_is_no_part_of_a_term(raw, term, code):
+    found = clean_term(raw)
+    assert (found.term, found.code) == (term, code)
+
+
+@pytest.mark.parametrize("raw", ["열결(缺)", "족임읍（足泣）", "머리()", "머리( )", "()"])
+def test_hanja_that_an_export_lost_are_recognised(raw):
+    assert dictionary.lost_hanja(raw)
+
+
+@pytest.mark.parametrize(
+    "raw", ["각(脚)", "인(\uf9ee)", "열결(列缺)", "무통(증)", "간", "각(脚) 경(莖) 병(柄)", "황달(jaundice)"]
+)
+def test_whole_hanja_are_not_taken_for_lost(raw):
+    assert not dictionary.lost_hanja(raw)
+
+
 def test_noisy_terms_lose_nothing():
     if not NOISY.is_file():
         pytest.skip("the noisy term list is not here")
     lines = NOISY.read_text(encoding="utf-8").splitlines()
     assert len(lines) == 6072 and len(CLEANED) >= 40 and {row[0] for row in CLEANED} <= set(lines)
     for line in lines:
-        term, gloss, aliases = clean_term(line)
+        term, gloss, aliases, _ = clean_term(line)
         plain = unicodedata.normalize("NFC", line)
         if re.match(r"1\. ", plain):
             plain = re.sub(r"(^|\s)\d\.\s", " ", plain)
@@ -153,7 +192,9 @@ def test_noisy_terms_lose_nothing():
     for line in lines:
         assert clean_term(clean_term(line).term).term == clean_term(line).term, line
     merged, counts = merge(entry(line, "A definition") for line in lines)
-    assert {m.term for m in merged} == {clean_term(line).term for line in lines}
+    assert {s for m in merged for s in (m.term, *m.aliases)} >= {clean_term(line).term for line in lines}
+    assert len(merged) == len({clean_term(line).term.replace(" ", "").casefold() for line in lines})
+    assert not [line for line in lines if dictionary.lost_hanja(line)]
     assert not [reason for reason in counts if reason.startswith("dropped") and reason != "dropped: same sense"]
 
 
@@ -176,6 +217,78 @@ def test_noisy_terms_lose_nothing():
 )
 def test_definitions(raw, cleaned):
     assert clean_definition(raw) == cleaned
+
+
+@pytest.mark.parametrize(
+    "raw, code, cleaned",
+    [
+        ("Tuberculous meningitis(G01*)", "G01*", "Tuberculous meningitis - 한국표준질병사인분류 G01*"),
+        ("Tuberculous meningitis", "G01*", "Tuberculous meningitis - 한국표준질병사인분류 G01*"),
+        ("Tuberculous meningitis(G01*)", "", "Tuberculous meningitis - 한국표준질병사인분류 G01*"),
+        (
+            "Dementia in Alzheimer's disease (G30.-+)\n 세부설명 : 한국표준질병사인분류 F00",
+            "G30.-+",
+            "Dementia in Alzheimer's disease - 한국표준질병사인분류 F00, G30.-+",
+        ),
+        ("Chorea(G10+)\n세부설명 : 춤.", "G11*", "Chorea - 춤. - 한국표준질병사인분류 G10+, G11*"),
+        ("\n세부설명 : 뇌막의 결핵.", "G01*", "뇌막의 결핵. - 한국표준질병사인분류 G01*"),
+        ("Cyanocobalamin (B12)", "", "Cyanocobalamin (B12)"),
+        ("", "G01*", ""),
+    ],
+)
+def test_a_code_of_the_kcd_is_a_detail_of_the_definition(raw, code, cleaned):
+    assert clean_definition(raw, code) == cleaned
+
+
+def test_spellings_with_other_spaces_or_capitals_are_one_term():
+    rows, counts = merge(
+        [
+            entry("좁쌀 결핵", "Miliary tuberculosis\n 세부설명 : 한국표준질병사인분류 A19"),
+            entry("결핵성 수막염(G01*)", "Tuberculous meningitis(G01*)", "bilingual_en_ko"),
+            entry("좁쌀결핵", "Miliary tuberculosis", "bilingual_ko_en"),
+            entry("좁쌀결핵", "온몸에 퍼진 결핵.", "korean_animal_medical_dict", "veterinary"),
+            entry("LE 세포", "LE cell"),
+            entry("le세포[증]", "Another term"),
+            entry("le세포", "Lupus cell"),
+        ]
+    )
+    assert [r.row() for r in rows[:2]] == [
+        {
+            "term": "좁쌀 결핵",
+            "definition": "1. Miliary tuberculosis - 한국표준질병사인분류 A19 2. 온몸에 퍼진 결핵.",
+            "senses": 2,
+            "source": ["korean_medical_dict", "bilingual_ko_en", "korean_animal_medical_dict"],
+            "category": ["human", "veterinary"],
+            "aliases": ["좁쌀결핵"],
+        },
+        {
+            "term": "결핵성 수막염",
+            "definition": "Tuberculous meningitis - 한국표준질병사인분류 G01*",
+            "senses": 1,
+            "source": ["bilingual_en_ko"],
+            "category": ["human"],
+        },
+    ]
+    assert [(r.term, r.senses(), r.aliases) for r in rows[2:]] == [
+        ("LE 세포", ["LE cell", "Lupus cell"], ["le세포"]),
+        ("le세포[증]", ["Another term"], ["le세포", "le세포증"]),
+    ]
+    assert counts == {"read": 7, "dropped: same sense": 1, "kept terms": 4, "kept senses": 6}
+
+
+def test_a_list_of_steps_is_one_sense():
+    """As under the headings of instructions that lost their Hanja; elsewhere the numbers are those of senses."""
+    steps = "1. 갈비뼈를 찾는다.\n2. 세어 내려간다.\n3. 표시한다."
+    rows, counts = merge([entry("갈비（）", steps), entry("금연침()", "금연침: 인후"), entry("마비", steps)])
+    assert [r.row()["senses"] for r in rows] == [1, 1, 3]
+    assert rows[0].row()["definition"] == "(1) 갈비뼈를 찾는다. (2) 세어 내려간다. (3) 표시한다."
+    assert rows[2].row()["definition"] == "1. 갈비뼈를 찾는다. 2. 세어 내려간다. 3. 표시한다."
+    assert counts == {"read": 3, "kept terms": 3, "kept senses": 5, "numbered senses beside the first": 2}
+    (row,), _ = merge([entry("양구()", "1. Cramp 2. Spasm")])  # on one line
+    assert row.senses() == ["Cramp", "Spasm"]
+    (row,), counts = merge([entry("갈비()", steps), entry("갈비", "Rib")])
+    assert row.row()["definition"] == "1. (1) 갈비뼈를 찾는다. (2) 세어 내려간다. (3) 표시한다. 2. Rib"
+    assert row.row()["senses"] == 2 == counts["kept senses"]
 
 
 def test_every_sense_in_order_of_source():
@@ -208,7 +321,9 @@ def test_a_numbered_definition_is_as_many_senses():
         [entry("경련", "1. Convulsion 2. Spasm"), entry("경련", "spasm", "bilingual_ko_en"), entry("경련", "Cramp")]
     )
     assert row.row()["definition"] == "1. Convulsion 2. Spasm 3. Cramp" and row.row()["senses"] == 3
-    assert counts == {"read": 3, "dropped: same sense": 1, "kept terms": 1, "kept senses": 2}
+    assert counts == {
+        "read": 3, "dropped: same sense": 1, "kept terms": 1, "kept senses": 3, "numbered senses beside the first": 1,
+    }  # fmt: skip
     (row,), _ = merge([entry("경련", "1. Convulsion 2. Spasm")])
     assert row.row()["definition"] == "1. Convulsion 2. Spasm" and row.row()["senses"] == 2
     assert reversible([row.row()]) == []
@@ -310,10 +425,12 @@ def test_symbols_of_korean_exams_are_explained():
     meanings = {row["term"]: row["definition"] for row in records.read_json(dictionary.SYMBOLS)}
     expected = {
         "↑": "increased", "↓": "decreased", "→": "leads to", "≥": "at least", "≤": "at most", "≒": "approximately",
-        "±": "borderline", "+": "positive", "−": "negative", "^": "power", "～": "range", "×": "times", "℃": "Celsius",
+        "±": "borderline", "+": "dagger", "/": "divided by", "*": "HLA", "○": "hidden",
+        "−": "negative", "^": "power", "～": "range", "×": "times", "℃": "Celsius",
         "㎎": "milligram", "㎖": "milliliter", "㎗": "deciliter", "ℓ": "liter", "㎜": "millimeter", "㎣": "cubic",
-        "㎡": "body surface", "μ": "micro", "α": "alpha", "β": "beta", "γ": "gamma", "κ": "kappa", "Δ": "change",
-        "Ⅱ": "optic", "Ⅲ": "oculomotor", "Ⅵ": "abducens", "Ⅶ": "facial", "Ⅷ": "coagulation factor VIII",
+        "㎡": "body surface", "μ": "micro", "α": "17α", "β": "interferon", "γ": "gamma", "δ": "WPW", "ε": "ε4",
+        "κ": "kappa", "λ": "interferon lambda", "Δ": "change", "Ⅰ": "lead I", "Ⅱ": "angiotensin II",
+        "Ⅲ": "oculomotor", "Ⅵ": "abducens", "Ⅶ": "facial", "Ⅷ": "coagulation factor VIII",
         "Ⅸ": "coagulation factor IX", "Ⅹ": "vagus", "①": "circled one", "㉠": "giyeok", "♂": "male", "♀": "female",
         "†": "deceased", "※": "note", "■": "affected male", "□": "unaffected male", "●": "affected female",
         "#": "tooth", "㏉": "absorbed", "㏜": "equivalent", "℞": "prescription", "³": "cubed", "⁺": "positive charge",

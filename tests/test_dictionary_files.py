@@ -368,6 +368,8 @@ TOLERATED = {
         SOUND + row("간", "Liver " * 600),
         ", line 21: 'Liver Liver Liver Liver Liver Liver Liv…': 3,600 characters",
     ),
+    "cut Hanja": (KOREAN, SOUND + row("열결(缺)", "LU7"), ", line 21: '열결(缺)': its Hanja were lost or cut"),
+    "lost Hanja": (EN_KO, flat([*SWAPPED, ("Rib", "갈비()")]), ", line 22: '갈비()': its Hanja were lost or cut"),
     "twice": (KOREAN, SOUND * 3, " holds 40 entries twice or more often, of 60; they are merged"),
     "the same file": (ANIMAL, None, " holds the same entries as korean_medical_dict.jsonl"),
 }
@@ -428,7 +430,9 @@ def test_the_sample_and_real_files_pass(root, tmp_path, load_program):
     shutil.copytree(REAL / "01_raw/01_medical_dict", tmp_path / "real/01_raw/01_medical_dict")
     assert program.main(["--data-dir", str(tmp_path / "real")]) == 0
     record = records.read_json(tmp_path / "real/01_raw/.stages/download_01_medical_dict.json")
-    assert record["warnings"] == [] and record["counts"] == {
+    hanja = [warning for warning in record["warnings"] if "Hanja were lost or cut" in warning]
+    assert len(hanja) == 5 and record["warnings"][5].endswith(f"{ANIMAL}: and 18 more like it")
+    assert len(record["warnings"]) == 6 and record["counts"] == {
         KOREAN: 666, KO_EN: 119, EN_KO: 227, GROUPS: 227, ANIMAL: 416,
     }  # fmt: skip
 

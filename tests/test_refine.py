@@ -571,7 +571,7 @@ def test_real_text_is_refined_in_time_and_mostly_kept(real):
     for of in counts["sources"].values():
         assert of["kept"]["bytes"] >= 0.5 * of["read"]["bytes"]
     pairs = record(refined, "refine_01_english_korean")["counts"]
-    assert pairs["read"] == 3523 and pairs["kept"] >= 3400 and 60 <= pairs["too_short"] <= 80
+    assert pairs["read"] == 3523 and pairs["kept"] >= 3390 and 60 <= pairs["too_short"] <= 80
     terms = record(refined, "refine_01_medical_dict")["counts"]
     assert terms["read"] == 1655 and terms["kept senses"] >= terms["kept terms"] >= 1250
     assert terms["kept senses"] + sum(v for k, v in terms.items() if k.startswith("dropped")) == 1655

@@ -332,7 +332,7 @@ def test_lines_of_held_out_text_are_taken_out_of_training_text(tmp_path, load_pr
     quoted, other = validation[0].split("\n"), validation[1].split("\n")
     own = [lines(6) for _ in range(12)]
     quoting = ["\n".join([*own[i][:3], *quoted[:3], *own[i][3:]]) for i in range(12)]
-    nothing_else = ["\n".join(["짧은 말.", *pair]) for pair in zip(other, quoted[3:])]
+    nothing_else = ["\n".join(["짧은 말.", *pair]) for pair in zip(other[3:], quoted[3:], strict=True)]
     write(raw_of(root) / f"00_korean/{WEB}/b.jsonl", quoting + nothing_else)
     assert program.main(["--force"]) == 0
     train = [row["text"] for row in rows(refined_of(root) / "00_plain_text/train.jsonl")]
@@ -343,7 +343,7 @@ def test_lines_of_held_out_text_are_taken_out_of_training_text(tmp_path, load_pr
     held_lines = {line for text in held_out for line in text.split("\n")}
     assert not held_lines & {line for text in train for line in text.split("\n")}
     # By its own hash a document is held out itself; the others are in train without what they quote.
-    shortened = {"\n".join(mine) for mine, text in zip(own, quoting) if text not in held_out}
+    shortened = {"\n".join(mine) for mine, text in zip(own, quoting, strict=True) if text not in held_out}
     assert len(shortened) > 5 and shortened <= set(train)
     emptied = [text for text in nothing_else if text not in held_out]
     assert len(emptied) > 2 and dropped_of(book, WEB) == {"in_validation": len(emptied)}

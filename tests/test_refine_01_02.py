@@ -113,10 +113,12 @@ def test_five_sources_are_merged_in_order(data, refine):
     assert found == [HUMAN[0], HUMAN[1], HUMAN[2] | cramp, HUMAN[3], foot]
     counts = {
         "read": 14, "dropped: empty definition": 1, "dropped: empty term": 1, "dropped: definition equals term": 1,
-        "dropped: same sense": 2, "kept terms": 5, "kept senses": 9,
+        "dropped: same sense": 2, "kept terms": 5, "kept senses": 10, "numbered senses beside the first": 1,
     }  # fmt: skip
     assert record["counts"] == counts
-    assert counts["read"] == counts["kept senses"] + sum(n for k, n in counts.items() if k.startswith("dropped"))
+    assert counts["kept senses"] == sum(row["senses"] for row in found)
+    dropped = sum(n for k, n in counts.items() if k.startswith("dropped"))
+    assert counts["read"] + counts["numbered senses beside the first"] == counts["kept senses"] + dropped
     for reason, number in counts.items():
         assert any(line.split() == [*reason.split(), str(number)] for line in printed.splitlines()), reason
 
@@ -150,6 +152,14 @@ LONG_EN = "The patient was admitted with fever, cough, and shortness of breath t
 DROPPED_PAIRS = [
     ("", "열이 나요.", "empty_side"),
     ("I have a fever.", " \u200b ", "empty_side"),
+    ("That hearing is set for today.", "TOEIC 독해", "page_furniture"),
+    ("What's in it for you?", "일어사전", "page_furniture"),
+    ("The Jets became the first team to beat the Titans.", "영한사전 약어표 / 한영사전 약어표", "page_furniture"),
+    ("##http://x.com/1", "BAGHDAD ##http://x.com/1", "page_furniture"),
+    ("Seoul expressed disappointment.", "한국 정부, 실망 표명2006.01 원문 & 독해설명 인쇄", "page_furniture"),
+    ("the storm linked to at least 4 deaths.", "link to 관련되다, 연관되다", "glossary"),
+    ("Big time blood money at the weekend box office:", "big time 일류의, 크게 흥행한", "glossary"),
+    ("It does encompass all of them.", "encompass …을 포함하다", "glossary"),
     ("I have a fever.", "I have a fever.", "untranslated_copy"),
     ("I have a fever.", "i have a FEVER. 저는 열이 나요.", "untranslated_copy"),  # the source stands inside
     ("열이 나요. 많이 나요.", "열이 나요. 많이 나요. ", "untranslated_copy"),
@@ -179,6 +189,11 @@ KEPT_PAIRS = [
     ),
     ("The mRNA vaccine is given twice.", "mRNA 백신은 두 번 맞는다."),
     ("Wash your hands &amp; dry them &#8212; every time.", "손을 씻고 말리세요 &#8212; 매번."),
+    ("I scored 900 on the TOEIC reading test.", "나는 TOEIC 독해 시험에서 900점을 받았다."),
+    ("Is this your English-Korean dictionary?", "이것은 당신의 영한사전입니까?"),
+    ("Allergy to aspirin, bronchial asthma", "aspirin 알레르기, 기관지 천식"),
+    ("mRNA and DNA and inactivated vaccines", "mRNA 백신, DNA 백신, 불활화 백신"),
+    ("Patient on long-term warfarin", "warfarin 장기 복용 중인 환자"),
     ("Feel free to ask me.", "편하게 물어보세요."),
     ("Feel free to ask me.", "무엇이든 물어보세요."),  # several translations
 ]
@@ -210,7 +225,31 @@ def test_pairs_by_reason(data, refine, keys):
 @pytest.mark.parametrize("en, ko, reason", DROPPED_PAIRS)
 def test_each_pair_has_one_reason(load_program, en, ko, reason):
     program = load_program("refine_01_english_korean")
-    assert program.drop_reason(program.clean(en), program.clean(ko)) == reason
+    en = program.clean(en)
+    assert program.drop_reason(en, program.clean_korean(ko, en)) == reason
+
+
+@pytest.mark.parametrize(
+    "en, ko, cleaned",
+    [
+        ("4 killed as SUV collides with car.", "승용차 충돌로 4명 사망 2008.10", "승용차 충돌로 4명 사망"),
+        ("Published in October 2008", "발행일 2008.10", "발행일 2008.10"),
+        ("Version 3.10 is out.", "버전 3.10", "버전 3.10"),
+        ("It was a long negotiation.", "긴 협상이었다. negotiation 협상", "긴 협상이었다."),
+        ("It is not yet known", "알려지지 않았다. encompass …을 포함하다", "알려지지 않았다."),
+        ("They began.", "그들은 시작했다. launch 〔기업·계획 따위〕에 착수하다", "그들은 시작했다."),
+        ("It had no concurrence.", "동의가 없었다. 협력, 동의, 동시 발생", "동의가 없었다."),
+        (
+            "He had chest pain. On aspirin.",
+            "그는 가슴이 아팠다. aspirin 복용 중",
+            "그는 가슴이 아팠다. aspirin 복용 중",
+        ),
+        ("He came. Late, alone.", "그가 왔다. 늦게, 혼자", "그가 왔다. 늦게, 혼자"),
+        ("I have a fever.", "열이 난다. 많이 난다.", "열이 난다. 많이 난다."),
+    ],
+)
+def test_what_a_news_page_puts_behind_a_sentence_goes(load_program, en, ko, cleaned):
+    assert load_program("refine_01_english_korean").clean_korean(ko, en) == cleaned
 
 
 def test_the_bounds_of_length_are_met_exactly(load_program):
@@ -718,12 +757,17 @@ def refined_real(real, load_program):
 def test_real_pairs_dictionary_and_questions(refined_real):
     refined, counts = refined_real
     assert counts["01_english_korean"] == {
-        "read": 3523, "kept": 3403, "too_short": 72, "length_ratio": 28, "not_korean": 18, "untranslated_copy": 1,
-        "too_long": 1,
+        "read": 3523, "kept": 3400, "too_short": 71, "length_ratio": 26, "not_korean": 15, "page_furniture": 7,
+        "glossary": 3, "too_long": 1,
     }  # fmt: skip
     assert counts["01_medical_dict"] == {
-        "read": 1655, "dropped: same sense": 354, "dropped: empty term": 1, "kept terms": 1300, "kept senses": 1300,
+        "read": 1655, "dropped: same sense": 359, "dropped: empty term": 1, "kept terms": 1295, "kept senses": 1295,
     }  # fmt: skip
+    terms = {row["term"]: row for row in json.loads((refined / "01_medical_dict.json").read_text(encoding="utf-8"))}
+    assert sum(row["senses"] for row in terms.values()) == 1295
+    assert terms["결핵성 수막염"]["definition"] == "Tuberculous meningitis - 한국표준질병사인분류 G01*"
+    assert terms["좁쌀 결핵"]["aliases"] == ["좁쌀결핵"] and "좁쌀결핵" not in terms
+    assert {"열결", "족임읍"} <= set(terms) and terms["귀의"]["senses"] == 1
     exam = counts["02_kor_med_test"]
     assert exam["train"] == {"read": 1391, "unusable": 1, "stands in dev or test": 1, "kept": 1389}
     assert (exam["dev"], exam["test"], exam["repeated"], exam["rationales"]) == (200, 813, {}, 0)

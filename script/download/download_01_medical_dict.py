@@ -16,7 +16,7 @@ from medgemma_korean.dictionary_check import check_files
 from medgemma_korean.dictionary_files import MANUAL_FILES
 from medgemma_korean.stage import Input, Stage
 
-FORMAT = 2
+FORMAT = 3
 
 
 def main(argv: list[str] | None = None) -> int:

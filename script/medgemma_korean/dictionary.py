@@ -14,6 +14,7 @@ from medgemma_korean import records
 from medgemma_korean.text.clean import normalise_line
 
 DETAIL = re.compile(r"(?:^|\s*\n)\s*세부설명\s*:\s*")
+KCD = "한국표준질병사인분류"  # as the dictionaries themselves name a code, in the detail
 SYMBOLS = Path(__file__).with_name("symbols.json")
 
 
@@ -30,7 +31,11 @@ class Entry:
 
 @dataclass
 class Merged:
-    """A refined term with its definitions in order of source."""
+    """A refined term with its definitions in order of source.
+
+    A definition is what one entry says. A sense is one meaning: the whole definition, or each part of a numbered one.
+    Senses are what is counted.
+    """
 
     term: str
     definitions: list[str] = field(default_factory=list)
@@ -83,18 +88,26 @@ _WORD_ENDS = r"(?:(?<=[가-힣][가-힣])|(?<=[)\]]))"
 _STOP_BETWEEN = re.compile(rf"{_WORD_ENDS}\.\s*(?=[가-힣(\[]{{2}})")
 _STOP_AT_END = re.compile(rf"{_WORD_ENDS}\.$")
 _EQUALS = re.compile(r"(?<=\S)\s*=\s*(?=[^\s\d])(?![^(]*\))")  # outside brackets
-_EMPTY = re.compile(r"\( ?\)|\[ ?\]|< ?>")  # of Hanja that an export lost
+# What an export lost: all Hanja of a headword, or those of the compatibility block (`열결(列缺)` became `열결(缺)`).
+_EMPTY = re.compile(r"\( ?\)|\[ ?\]|< ?>")
+_HANJA = re.compile(r"([가-힣]+)\(([\u3400-\u4dbf\u4e00-\u9fff]+)\)")
+# A code of the KCD behind a name: `(G01*)`, `(G30.-+)`, `(I60-I67+)`, `(Q85.8)`. It has a point or a mark, which the
+# B12 of a vitamin and the T12 of a vertebra have not.
+_CODE = re.compile(r"\s*\(([A-Z]\d\d(?:(?:\.[\d-]{1,3})?(?:-[A-Z]\d\d(?:\.\d)?)?[*+†]|\.[\d-]{1,3}))\)$")
+_STEP = re.compile(r"^\s*(\d{1,2})[.)]\s*", re.MULTILINE)
 _IN_BRACKETS = re.compile(r"\(([^()]{2,})\)")
 _HANGUL = re.compile("[가-힣]")
 _GROUP = re.compile(r"\[[^][]*\]|<[^<>]*>|\([^()]*\)")
 
 
 class Headword(NamedTuple):
-    """term: cleaned. gloss: the explanation that stood inside it. aliases: plain spellings, where it has variants."""
+    """term: cleaned. gloss, code: the explanation and the KCD code that stood inside it. aliases: plain spellings,
+    where it has variants."""
 
     term: str
     gloss: str = ""
     aliases: tuple[str, ...] = ()
+    code: str = ""
 
 
 def clean_term(raw: str) -> Headword:
@@ -102,9 +115,10 @@ def clean_term(raw: str) -> Headword:
 
     `1. 조 치조 2. 폐포` -> `조/치조/폐포`; `1. 첨단농양-기관의 첨단에 위치한 농양. 2. 근첨농양` ->
     `첨단농양/근첨농양` with its gloss. Synonyms on both sides of `=` or of a full stop (`팔꿈치머리. 주두`) get the
-    same slash. All else stays: `간 스캔`, `간경변[증]`, `각(脚)`, also `(약의)경구복용`: "(신장의)결석" is not 결석.
+    same slash. `결핵성 수막염(G01*)` loses its code, `열결(缺)` the rest of its Hanja. All else stays: `간 스캔`,
+    `간경변[증]`, `각(脚)`, also `(약의)경구복용`: "(신장의)결석" is not 결석.
     """
-    term = _EMPTY.sub("", normalise_line(raw).translate(_WIDE)).strip()
+    term, code = _without_code(_EMPTY.sub("", normalise_line(raw).translate(_WIDE)).strip())
     if _CIRCLED.match(term):
         term = _CIRCLED.sub(lambda mark: f" {ord(mark[0]) - ord('①') + 1}. ", term).strip()
     parts = numbered(term)
@@ -118,10 +132,27 @@ def clean_term(raw: str) -> Headword:
         for word in part.split() if parts else [part]:
             word = _IN_BRACKETS.sub(r"\1", word) if _IN_BRACKETS.fullmatch(word) else word
             pieces += _EQUALS.sub("\n", _STOP_BETWEEN.sub("\n", _STOP_AT_END.sub("", word))).split("\n")
-    pieces = list(dict.fromkeys(piece.strip() for piece in pieces if piece.strip()))
+    pieces = list(dict.fromkeys(_without_lost(piece.strip()) for piece in pieces if piece.strip()))
     term = "/".join(pieces)
     spellings = [*(pieces if len(pieces) > 1 else []), *(s for piece in pieces for s in _spellings(piece))]
-    return Headword(term, " ".join(glosses), tuple(s for s in dict.fromkeys(spellings) if s != term))
+    return Headword(term, " ".join(glosses), tuple(s for s in dict.fromkeys(spellings) if s != term), code)
+
+
+def lost_hanja(raw: str) -> bool:
+    """Whether a headword has another number of Hanja than of syllables, `열결(缺)`, or an empty bracket, `머리()`."""
+    term = normalise_line(raw).translate(_WIDE)
+    return _EMPTY.search(term) is not None or _without_lost(term) != term
+
+
+def _without_lost(word: str) -> str:
+    """The word alone where its Hanja are not one a syllable: which of them is missing cannot be told."""
+    hanja = _HANJA.fullmatch(word)
+    return hanja[1] if hanja and len(hanja[1]) != len(hanja[2]) else word
+
+
+def _without_code(text: str) -> tuple[str, str]:
+    code = _CODE.search(text)
+    return (text[: code.start()], code[1]) if code and code.start() else (text, "")
 
 
 def numbered(text: str) -> list[str]:
@@ -170,13 +201,36 @@ def _replaced(match: re.Match[str]) -> str:
     return match[3] if len(match[2]) <= len(match[3]) else match[0]
 
 
-def clean_definition(definition: str) -> str:
-    """One line; the Korean detail follows the equivalent after " - "."""
-    return " - ".join(filter(None, map(normalise_line, DETAIL.split(definition.strip()))))
+def clean_definition(definition: str, code: str = "") -> str:
+    """One line; the Korean detail follows the equivalent after " - ".
+
+    A KCD code behind the equivalent, and the headword's, become a detail: `Tuberculous meningitis(G01*)` ->
+    `Tuberculous meningitis - 한국표준질병사인분류 G01*`.
+    """
+    equivalent, *details = map(normalise_line, DETAIL.split(definition.strip()))
+    equivalent, own = _without_code(equivalent)
+    if any((equivalent, *details)) and (codes := ", ".join(dict.fromkeys(filter(None, (own, code))))):
+        known = details.pop() if details and details[-1].startswith(KCD) else ""
+        details.append(f"{known}, {codes}" if known else f"{KCD} {codes}")
+    return " - ".join(filter(None, (equivalent, *details)))
+
+
+def as_one_list(definition: str) -> str:
+    """Steps that stand on lines of their own, `1. …` and `2. …`, as `(1) … (2) …`: one text, not a sense each."""
+    steps = len(_STEP.findall(definition))
+    return _STEP.sub(r"(\1) ", definition) if steps == len(numbered(normalise_line(definition))) > 1 else definition
+
+
+def same_word(term: str) -> str:
+    """What spellings of a term share that differ in spaces or capitals: `좁쌀 결핵`, `좁쌀결핵`."""
+    return "".join(term.split()).casefold()
 
 
 def merge(entries: Iterable[Entry], veterinary: bool = True) -> tuple[list[Merged], Counter[str]]:
-    """Clean and merge entries by term, first appearance first; no sense is lost. Returns terms and drop reasons."""
+    """Clean and merge entries by term, first appearance first; no sense is lost. Returns terms and drop reasons.
+
+    The first spelling of a term stays, one with other spaces or capitals becomes an alias.
+    """
     merged: dict[str, Merged] = {}
     counts: Counter[str] = Counter()
     for entry in entries:
@@ -184,8 +238,10 @@ def merge(entries: Iterable[Entry], veterinary: bool = True) -> tuple[list[Merge
         if entry.category == "veterinary" and not veterinary:
             counts["dropped: veterinary"] += 1
             continue
-        term, gloss, aliases = clean_term(entry.term)
-        definition = clean_definition(entry.definition)
+        term, gloss, aliases, code = clean_term(entry.term)
+        # Headwords that lost their Hanja are headings of instructions, as `머리()`: how to measure it, step by step.
+        text = as_one_list(entry.definition) if _EMPTY.search(entry.term.translate(_WIDE)) else entry.definition
+        definition = clean_definition(text, code)
         if gloss:
             definition = f"{definition} - {gloss}" if definition else gloss
         if not term:
@@ -197,16 +253,19 @@ def merge(entries: Iterable[Entry], veterinary: bool = True) -> tuple[list[Merge
         if definition == term:
             counts["dropped: definition equals term"] += 1
             continue
-        target = merged.setdefault(term, Merged(term))
+        target = merged.setdefault(same_word(term), Merged(term))
         if not target.add(definition):
             counts["dropped: same sense"] += 1
         for value, values in ((entry.source, target.sources), (entry.category, target.categories)):
             if value not in values:
                 values.append(value)
-        target.aliases += [alias for alias in aliases if alias not in target.aliases]
+        target.aliases += [s for s in (term, *aliases) if s != target.term and s not in target.aliases]
     kept = list(merged.values())
     counts["kept terms"] = len(kept)
-    counts["kept senses"] = sum(len(m.definitions) for m in kept)
+    counts["kept senses"] = sum(len(m.senses()) for m in kept)
+    # What balances the account: read + this = kept senses + dropped.
+    if more := counts["kept senses"] - sum(len(m.definitions) for m in kept):
+        counts["numbered senses beside the first"] = more
     return kept, counts
 
 

@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from medgemma_korean.dictionary import lost_hanja
 from medgemma_korean.dictionary_files import (
     BY_NAME,
     MANUAL_FILES,
@@ -166,6 +167,14 @@ def _damaged(pairs: Sequence[Pair], manual: ManualFile) -> Iterator[Problem]:
                 yield Problem("control", pair.line, words, error=False)
 
 
+def _hanja(pairs: Sequence[Pair], manual: ManualFile) -> Iterator[Problem]:
+    for pair in pairs:
+        term = pair.value if manual.reversed else pair.key
+        if lost_hanja(term):
+            words = f"{quote(term)}: its Hanja were lost or cut in a conversion; the bracket is left out"
+            yield Problem("hanja", pair.line, words, error=False)
+
+
 def _marked_up(pairs: Sequence[Pair], manual: ManualFile) -> Iterator[Problem]:
     for pair in pairs:
         if mark := _MARKUP.search(pair.key) or _MARKUP.search(pair.value):
@@ -249,4 +258,4 @@ def _direction(pairs: Sequence[Pair], manual: ManualFile) -> Iterator[Problem]:
     yield Problem("direction", first.line, words)
 
 
-CHECKS = (_few, _empty, _damaged, _marked_up, _long, _placeholders, _same, _equal, _doubled, _direction)
+CHECKS = (_few, _empty, _damaged, _hanja, _marked_up, _long, _placeholders, _same, _equal, _doubled, _direction)

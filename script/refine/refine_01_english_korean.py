@@ -20,7 +20,7 @@ from medgemma_korean.cli import PipelineError, log
 from medgemma_korean.paths import show
 from medgemma_korean.stage import Input, Stage
 
-FORMAT = 2
+FORMAT = 3
 COLUMNS = (("en", "english"), ("ko", "korean", "non_english"))  # ours, then others'
 SHORTEST, LONGEST = 5, 500  # characters a side
 # Korean characters over English ones, from an English length on. A faithful pair lies near 0.5, and short sentences
@@ -31,6 +31,17 @@ HANGUL, LATIN = re.compile("[가-힣]"), re.compile("[A-Za-z]")
 MOSTLY = 0.5  # share of a side's letters that must be of its own script
 # Names and titles that Korean quotes in English: "질병관리본부(Centers for Disease Control and Prevention)".
 QUOTED = re.compile(r"""\([^()가-힣]*\)|"[^"가-힣]*"|“[^”가-힣]*”""")
+# Labels of a news page with a dictionary beside it. Sentences about 사전, 독해 or TOEIC are none.
+FURNITURE = re.compile(
+    "사전 약어표|독해설명|##https?:|^(?:영한|한영|영영|일어|일한|한일|중국어|국어)사전$|^TOEIC 독해$"
+)
+# An entry of that dictionary: "link to 관련되다, 연관되다" as a whole side; behind a sentence also "negotiation 협상",
+# or the Korean alone, "협력, 동의, 동시 발생". Only small letters: "mRNA 백신, DNA 백신" is a translation.
+ENTRY = r"[a-z]{2,}(?: [a-z]+){0,3} [가-힣~…〔][가-힣,~…〔〕· ]{1,29}"
+WHOLE_ENTRY = re.compile(rf"(?=.*[,~…〔]){ENTRY}")
+LAST_ENTRY = re.compile(rf"(?<=다\.) (?:{ENTRY}|[가-힣]+(?: [가-힣]+)?(?:, [가-힣]+(?: [가-힣]+)?)+)$")
+MONTH = re.compile(r" ((?:19|20)\d\d)\.\d\d?$")  # of a headline
+STOP = re.compile(r"[.?!](?!\w)")
 ENTITY = re.compile("&(?:#[0-9]{1,7}|#[xX][0-9A-Fa-f]{1,6}|[A-Za-z]{2,31});")
 
 
@@ -41,10 +52,24 @@ def clean(text: str) -> str:
     return normalise_line(ENTITY.sub(lambda match: html.unescape(match[0]), text))
 
 
+def clean_korean(text: str, en: str) -> str:
+    """The Korean side, also without what a news page puts behind it. en: the cleaned other side."""
+    ko = clean(text)
+    if (month := MONTH.search(ko)) and month[1] not in en:
+        ko = ko[: month.start()]
+    sentences = LAST_ENTRY.sub("", ko)
+    # "… 호소했다. aspirin 복용 중" is no entry where English has that sentence, too.
+    return sentences if len(STOP.findall(sentences)) >= len(STOP.findall(en)) else ko
+
+
 def drop_reason(en: str, ko: str) -> str | None:
     """Why a cleaned pair is not used, or None."""
     if not en or not ko:
         return "empty_side"
+    if FURNITURE.search(ko):
+        return "page_furniture"
+    if WHOLE_ENTRY.fullmatch(ko) and "," not in en:  # "aspirin 알레르기, 천식" translates a list
+        return "glossary"
     shorter, longer = sorted((en.casefold(), ko.casefold()), key=len)
     if shorter == longer or (len(shorter) >= SHORTEST and shorter in longer):
         return "untranslated_copy"
@@ -97,7 +122,8 @@ def main(argv: list[str] | None = None) -> int:
         kept: dict[tuple[str, str], str] = {}
         for *sides, origin in read_pairs(paths.raw_pairs):
             counts["read"] += 1
-            en, ko = map(clean, sides)
+            en = clean(sides[0])
+            ko = clean_korean(sides[1], en)
             if reason := drop_reason(en, ko):
                 counts[reason] += 1
             elif (en, ko) in kept:

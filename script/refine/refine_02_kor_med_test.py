@@ -21,7 +21,7 @@ from medgemma_korean.paths import RunPaths, show
 from medgemma_korean.sources import BY_KEY
 from medgemma_korean.stage import Input, Stage
 
-FORMAT = 2
+FORMAT = 3
 SPLITS = ("train", "dev", "test")
 RATIONALES = BY_KEY["medical_reasoning_kormedmcqa"]
 # Characters: 600 to 750 tokens at a guess, which leaves question and options 270 or more of the 1,024 tokens of a row.
