@@ -106,6 +106,23 @@ def test_what_cannot_be_read_is_one_message(root, run_program):
 
 
 @with_datatrove
+def test_the_reason_is_one_line_of_a_task_s_log_and_no_traceback_is_printed(root, run_program):
+    file = root / "data/sample/01_raw/00_korean/namu_wiki/train.jsonl"
+    file.write_bytes(file.read_bytes() + b"\xff\n")
+    done = run_program("refine_00_plain_text", "--executor", "datatrove-local", "--workers", "2")
+    assert done.code == 2 and "Traceback" not in done.text and "└" not in done.text, done.text
+    logs = [log.read_text() for log in (root / "logs").rglob("task_*.log")]
+    (named,) = [line for text in logs for line in text.splitlines() if "train.jsonl, line 65: " in line]
+    assert "ERROR" in named and not any("Traceback" in text for text in logs)
+
+
+def test_slurm_needs_its_commands(root, run_program, monkeypatch):
+    monkeypatch.setenv("PATH", "/nowhere")
+    done = run_program("refine_00_plain_text", "--executor", "slurm", "--partition", "cpu")
+    assert (done.code, "there is no sbatch on this machine" in done.text, "Traceback" in done.text) == (2, True, False)
+
+
+@with_datatrove
 def test_slurm_runs_the_shards_and_then_the_rest(root, run_program, expected, cluster, monkeypatch):
     from medgemma_korean.text import cluster as module
 

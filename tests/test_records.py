@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 
 import pytest
 
@@ -157,3 +158,35 @@ def test_digests(tmp_path):
     assert records.read_back({"a": (1, 2)}) == {"a": [1, 2]}
     file = write(tmp_path / "x", b"abc")
     assert records.sha256(file) == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+
+
+def test_a_linked_folder_is_followed_once(tmp_path):
+    (tmp_path / "disk/deep").mkdir(parents=True)
+    (tmp_path / "disk/1.jsonl").write_text("")
+    (tmp_path / "disk/deep/2.jsonl").write_text("")
+    (tmp_path / "disk/deep/again").symlink_to(tmp_path / "disk")
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here/a").symlink_to(tmp_path / "disk")
+    (tmp_path / "here/.hidden").symlink_to(tmp_path / "disk")
+    (tmp_path / "here/gone").symlink_to(tmp_path / "nowhere")
+    found = [tmp_path / "here/a/1.jsonl", tmp_path / "here/a/deep/2.jsonl"]
+    assert records.row_files(tmp_path / "here") == records.files_below(tmp_path / "here") == found
+
+
+def test_parts_of_living_writers_are_spared(tmp_path):
+    for name, living in ((os.getpid(), True), (99999999, False), ("0123456789abcdef", True)):
+        assert records.may_be_written(tmp_path / f".x.json.{name}.part") == living
+    for name in (os.getpid(), 99999999):
+        (tmp_path / f".x.json.{name}.part").write_text("x")
+    records.write_json(tmp_path / "x.json", 1)
+    assert [p.name for p in tmp_path.glob(".*")] == []  # one is what it wrote itself
+
+
+@pytest.mark.parametrize("below", ["", "a/b"])
+def test_what_stands_in_the_way_of_a_folder_is_named(tmp_path, below):
+    records.make_folder(tmp_path / "new" / below)
+    (tmp_path / "file").write_text("")
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    for name, what in (("file", "a file"), ("link", "a link to a folder that does not exist")):
+        with pytest.raises(PipelineError, match=f"/{name}: {what} where a folder is needed; move it away"):
+            records.make_folder(tmp_path / name / below)

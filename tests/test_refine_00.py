@@ -9,6 +9,7 @@ import random
 import re
 import shutil
 import subprocess
+import time
 from collections import Counter
 from itertools import chain, cycle
 from pathlib import Path
@@ -18,6 +19,7 @@ from korean_corpus import (
     REAL,
     SAMPLE,
     as_namuwiki,
+    begin,
     book_of,
     document,
     dropped_of,
@@ -35,7 +37,7 @@ from korean_corpus import (
 )
 
 from medgemma_korean.cli import PipelineError
-from medgemma_korean.text import decontaminate, ledger, shards
+from medgemma_korean.text import decontaminate, dedup, filters, ledger, shards
 from medgemma_korean.text.dedup import BANDS
 
 WIKI, NAMU, WEB = "wikipedia-korean", "namu_wiki", "c4_korean"
@@ -280,6 +282,31 @@ def test_without_english_the_sample_is_replayed_and_that_is_said(tmp_path):
     assert len(kept_texts(root, "00_english_replay")) == 70
 
 
+def test_a_source_may_be_a_link_and_a_link_to_nothing_is_refused(tmp_path, load_program, monkeypatch):
+    monkeypatch.setenv("MEDGEMMA_KOREAN_ROOT", str(tmp_path))
+    rng = random.Random(16)
+    texts = [document(rng) for _ in range(60)]
+    root = make_root(tmp_path, {f"{WEB}/a.jsonl": texts[:30]})
+    file = write(tmp_path / "disk" / "books" / "a.jsonl", texts[30:])
+    (raw_of(root) / "00_korean/books").symlink_to(file.parent)
+    program = load_program("refine_00_plain_text")
+    assert program.main([]) == 0 and program.main([]) == 0
+    assert len(kept_texts(root)) == 60 and list(book_of(root)["sources"]) == [WEB, "books"]
+    write(file, texts[30:50])
+    with pytest.raises(PipelineError, match="input changed: Korean text"):
+        program.main([])
+    (raw_of(root) / "00_korean/gone").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(PipelineError, match="00_korean/gone: a link to something that does not exist"):
+        program.main(["--force"])
+
+
+def test_a_file_in_the_place_of_the_sources_is_named(tmp_path, load_program):
+    root = make_root(tmp_path, {})
+    (raw_of(root) / "00_korean").write_text("x")
+    with pytest.raises(PipelineError, match="00_korean: a file where the folder of the sources is expected"):
+        load_program("refine_00_plain_text").main([])
+
+
 # samples and the split ----------------------------------------------------------------------------------
 
 
@@ -314,6 +341,46 @@ def test_a_sample_is_seeded_and_in_proportion_and_the_split_is_by_content(tmp_pa
     # Not the first ones of a source, nor the last.
     chosen = [i for i, text in enumerate(texts[f"{WEB}/a.jsonl"]) if text in set(drawn[0])]
     assert min(chosen) < 100 and max(chosen) > 800
+
+
+def test_a_small_sample_has_a_validation_document_or_says_why_not(small_root, load_program):
+    program = load_program("refine_00_plain_text")
+    for number in (2, 3, 5):
+        assert program.main(["--force", "--max-samples", str(number)]) == 0
+        assert sum(book_of(small_root)["documents"].values()) == number == len(kept_texts(small_root))
+        assert book_of(small_root)["documents"]["validation"] >= 1
+    with pytest.raises(PipelineError, match="no validation document is left .* choose more than --max-samples 1"):
+        program.main(["--force", "--max-samples", "1"])
+
+
+def test_a_seed_that_draws_nothing_changes_nothing(small_root, load_program):
+    program = load_program("refine_00_plain_text")
+    assert program.main([]) == 0 and program.main(["--seed", "18"]) == 0
+    assert program.main(["--force", "--max-samples", "40"]) == 0
+    with pytest.raises(PipelineError, match="settings.seed: 17 -> 18"):
+        program.main(["--max-samples", "40", "--seed", "18"])
+
+
+@pytest.mark.parametrize("module, name", [(filters, "MIN_CHARACTERS"), (dedup, "BANDS"), (decontaminate, "MIN_SHARE")])
+def test_another_threshold_is_a_reason_to_refine_again(small_root, load_program, monkeypatch, module, name):
+    program = load_program("refine_00_plain_text")
+    assert program.main([]) == 0
+    monkeypatch.setattr(module, name, getattr(module, name) + 1)
+    with pytest.raises(PipelineError, match=rf"settings\.rules\.thresholds\.\w+\.{name}: "):
+        program.main([])
+
+
+def test_another_word_is_a_reason_to_refine_again(small_root, load_program, monkeypatch, tmp_path):
+    program = load_program("refine_00_plain_text")
+    words = Path(filters.__file__).with_name("filter_words.json")
+    monkeypatch.setattr(filters, "__file__", str(tmp_path / "filters.py"))
+    shutil.copyfile(words, tmp_path / words.name)
+    assert program.main([]) == 0 and program.main([]) == 0
+    lists = json.loads(words.read_text(encoding="utf-8"))
+    lists["adult"].append("환자")
+    (tmp_path / words.name).write_text(json.dumps(lists), encoding="utf-8")
+    with pytest.raises(PipelineError, match=r"settings\.rules\.words: "):
+        program.main([])
 
 
 def test_lines_of_held_out_text_are_taken_out_of_training_text(tmp_path, load_program, monkeypatch):
@@ -362,6 +429,12 @@ def test_show_before_refining_is_one_message(root, load_program, monkeypatch):
     command = "python script/refine/refine_00_plain_text.py --model tiny"
     assert str(error.value) == f"data/sample/02_refined/00_plain_text: nothing is refined here yet; run: {command}"
     assert not refined_of(root).exists()
+
+
+def test_damaged_examples_are_named(refined_root, tmp_path):
+    (tmp_path / "dropped.jsonl").write_text('{"x": 1}\n')
+    with pytest.raises(PipelineError, match="dropped.jsonl: a row without reason, where or text, found x"):
+        ledger.examples([tmp_path], "adult", 1)
 
 
 @pytest.fixture
@@ -500,13 +573,70 @@ def test_shards_are_used_again_until_what_they_depend_on_changes(small_root, loa
     assert "already" not in printed and not found.keys() & kept.keys() and len(found) == 5
     monkeypatch.setattr(shards, "rules_digest", lambda: "other rules")
     kept = found
-    printed, found = refine("--keep-shards", "--seed", "5")
+    printed, found = refine("--keep-shards", "--max-samples", "9999", "--seed", "5")
     assert "already" not in printed and not found.keys() & kept.keys()
 
     # Without --keep-shards they are used, and then deleted.
-    printed, found = refine("--seed", "6")
+    printed, found = refine("--max-samples", "9999", "--seed", "6")
     assert "5 of 5 shards are there already" in printed and found == {}
     assert not (refined_of(small_root) / ".shards").exists()
+
+
+def test_shards_that_a_kill_left_behind_the_record_are_deleted(small_root, load_program, monkeypatch):
+    program = load_program("refine_00_plain_text")
+    with monkeypatch.context() as patch:
+        patch.setattr(program, "tidy", lambda *_: None)
+        assert program.main([]) == 0
+    assert len(shards_of(small_root)) == 4
+    assert program.main(["--keep-shards"]) == 0 and len(shards_of(small_root)) == 4
+    assert program.main([]) == 0 and not (refined_of(small_root) / ".shards").exists()
+
+
+def test_two_at_once(small_root):
+    """One is at work, the other one says so; the first is not disturbed."""
+    rng = random.Random(17)
+    write(raw_of(small_root) / f"00_korean/{WEB}/b.jsonl", [document(rng, length=(300, 400)) for _ in range(2000)])
+    first = begin(small_root, "--workers", 1)
+    work = refined_of(small_root) / ".stages/refine_00_plain_text.partial"
+    while not work.exists():
+        assert first.poll() is None
+        time.sleep(0.01)
+    code, printed = run(small_root)
+    assert code == 2 and re.fullmatch(
+        rf"error: .*refine_00_plain_text\.lock: another process is at work on .* \(pid {first.pid}\); wait .*\n",
+        printed,
+    ), printed
+    printed, _ = first.communicate(timeout=120)
+    assert first.returncode == 0, printed
+    made = outputs(small_root)
+    shutil.rmtree(refined_of(small_root))
+    assert run(small_root)[0] == 0 and outputs(small_root) == made
+
+
+@pytest.mark.parametrize("when", ["before it is refined", "when all are refined"])
+def test_a_raw_file_that_changes_meanwhile_is_refused(small_root, load_program, monkeypatch, when):
+    program = load_program("refine_00_plain_text")
+    file = raw_of(small_root) / f"00_korean/{NAMU}/a.jsonl"
+    whole, made = file.read_bytes(), program.make_shards
+
+    def changing(*args):
+        if when == "when all are refined":
+            made(*args)
+        file.write_bytes(whole.replace("다".encode(), "라".encode()))
+        if when == "before it is refined":
+            made(*args)
+
+    monkeypatch.setattr(program, "make_shards", changing)
+    with pytest.raises(PipelineError, match="Korean text: .* has changed\nwhile refine_00_plain_text was at work"):
+        program.main(["--keep-shards"])
+    assert outputs(small_root) == {}
+    # Back again, the shards of the other content are not used.
+    file.write_bytes(whole)
+    monkeypatch.setattr(program, "make_shards", made)
+    assert program.main([]) == 0
+    kept = outputs(small_root)
+    shutil.rmtree(refined_of(small_root))
+    assert program.main([]) == 0 and outputs(small_root) == kept
 
 
 def test_progress_is_said_in_megabytes_with_the_time_left(small_root, load_program, monkeypatch, capsys):
@@ -618,7 +748,7 @@ def damaged(tmp_path, monkeypatch):
 @pytest.mark.parametrize("kind", DAMAGE)
 def test_damage_is_named_with_its_place_and_nothing_is_published(damaged, load_program, kind):
     root, file, whole, said, read = damaged(kind)
-    rest = refined_of(root) / f".shards/.ko.x.parquet.{platform.node()}.999.part"
+    rest = refined_of(root) / f".shards/.ko.x.parquet.{platform.node()}.99999999.part"
     rest.parent.mkdir(parents=True)
     rest.write_text("a worker was killed")
     program = load_program("refine_00_plain_text")
@@ -668,13 +798,13 @@ def test_a_damaged_shard_is_named(small_root, load_program, suffix, change):
     (shard,) = (refined_of(small_root) / ".shards").glob(f"ko.{WEB}.*.{suffix}")
     change(shard)
     with pytest.raises(PipelineError) as error:
-        program.main(["--force", "--seed", "4"])
+        program.main(["--force", "--max-samples", "9999"])
     advice = "delete this file and run the same command again"
     place = re.escape(f"data/sample/02_refined/.shards/{shard.name}")
     assert re.fullmatch(rf"{place}: a damaged shard \(.+\); {advice}", str(error.value)), str(error.value)
     assert outputs(small_root) == before
     shard.unlink()
-    assert program.main(["--force", "--seed", "4"]) == 0
+    assert program.main(["--force", "--max-samples", "9999"]) == 0
     assert {name: digest for name, digest in outputs(small_root).items() if ".previous" not in name} == before
 
 

@@ -168,6 +168,16 @@ DROPPED_PAIRS = [
     ("I have a fever.", "fever headache cough nausea 발열", "not_korean"),
     ("저는 열이 나요.", "열이 납니다.", "not_english"),
     ("38.5 / 39.0", "열이 납니다.", "not_english"),
+    ("Привет, как дела, мой дорогой друг x", "안녕 내 소중한 친구야 잘 지내", "not_english"),
+    ("今日は天気がとても良いですね A", "오늘은 날씨가 정말 좋네요", "not_english"),
+    ("The weather is really nice today.", "今日は天気がとても良いですね 가", "not_korean"),
+    ("The weather is nice today.", "ㅋㅋㅋㅋㅋㅋㅋㅋㅋㅋㅋㅋ 가", "not_korean"),
+    ("???????? a ????????", "열이 나고 기침합니다.", "not_english"),
+    ("12345 67890 x", "12345 67890 가나다", "not_english"),
+    ("Je suis allé au marché hier soir avec ma mère.", "나는 어제 저녁 어머니와 시장에 갔다.", "not_english"),
+    ("Le patient a de la fièvre et il tousse.", "환자는 열이 나고 기침한다.", "not_english"),
+    ("Ich habe gestern keinen Kaffee getrunken", "나는 어제 커피를 마시지 않았다", "not_english"),
+    ("¿Dónde está el hospital?", "병원이 어디 있어요?", "not_english"),
     ("Help me!", "도와줘!", "too_short"),
     ("Ouch", "아이고 아파라.", "too_short"),
     ("a" * 501, "가" * 300, "too_long"),
@@ -194,6 +204,13 @@ KEPT_PAIRS = [
     ("Allergy to aspirin, bronchial asthma", "aspirin 알레르기, 기관지 천식"),
     ("mRNA and DNA and inactivated vaccines", "mRNA 백신, DNA 백신, 불활화 백신"),
     ("Patient on long-term warfarin", "warfarin 장기 복용 중인 환자"),
+    ("Hypoglycemia after taking metformin", "metformin 복용 후 저혈당"),
+    ("Hypotension and rash after penicillin", "penicillin 투여 후 발진, 저혈압"),
+    ("Blood pressure 120/80", "혈압 120/80"),
+    ("Multiple café au lait spots", "다발성 밀크커피색 반점"),
+    ("Gilles de la Tourette syndrome in a child", "소아의 투렛 증후군"),
+    ("Ménière disease and Sjögren syndrome", "메니에르병과 쇼그렌 증후군"),
+    ("Acute myocardial infarction, hypertension", "급성 심근경색, 고혈압"),
     ("Feel free to ask me.", "편하게 물어보세요."),
     ("Feel free to ask me.", "무엇이든 물어보세요."),  # several translations
 ]
@@ -245,6 +262,17 @@ def test_each_pair_has_one_reason(load_program, en, ko, reason):
             "그는 가슴이 아팠다. aspirin 복용 중",
         ),
         ("He came. Late, alone.", "그가 왔다. 늦게, 혼자", "그가 왔다. 늦게, 혼자"),
+        ("The symptoms are: headache, fever", "증상은 다음과 같다. 두통, 발열", "증상은 다음과 같다. 두통, 발열"),
+        (
+            "The symptoms are as follows. Headache, fever.",
+            "증상은 다음과 같다. 두통, 발열",
+            "증상은 다음과 같다. 두통, 발열",
+        ),
+        (
+            "The deal failed, he said.",
+            "협상이 결렬됐다고 그가 말했다. 협력, 동의, 동시 발생",
+            "협상이 결렬됐다고 그가 말했다.",
+        ),
         ("I have a fever.", "열이 난다. 많이 난다.", "열이 난다. 많이 난다."),
     ],
 )
@@ -406,6 +434,22 @@ def test_duplicates_within_train_and_across_the_splits(data, refine):
     assert len(refined_items(data, "dev")) == len(refined_items(data, "test")) == 2
     for line in ("train: duplicate with another answer  2", "train: stands in dev or test  2"):
         assert line.split() in [found.split() for found in printed.splitlines()]
+
+
+def test_a_train_row_that_stands_there_twice_is_counted(data, refine):
+    again = exam_row(1)
+    plant_exam(data, train=[again, again | {"question": "  ".join([again["question"], ""])}])
+    record, _ = refine("02_kor_med_test")
+    assert record["counts"]["train"] == {"read": 8, "exact_duplicate": 2, "kept": 6}
+    assert len(refined_items(data)) == 6
+
+
+@pytest.mark.parametrize("split, change", [("train", {"answer": 4}), ("train", {"C": "다른 처치"}), ("dev", {})])
+def test_two_questions_under_one_key_are_an_error(data, refine, split, change):
+    row = exam_row(1) if split == "train" else exam_row(6, "dev")
+    plant_exam(data, **{split: [row | change]})
+    with pytest.raises(PipelineError, match=rf"{split}\.jsonl: 1 keys \(exam, year, period, number\) twice, first "):
+        refine("02_kor_med_test")
 
 
 def test_evaluation_rows_are_never_dropped_and_repeats_are_told(data, refine):
@@ -757,8 +801,8 @@ def refined_real(real, load_program):
 def test_real_pairs_dictionary_and_questions(refined_real):
     refined, counts = refined_real
     assert counts["01_english_korean"] == {
-        "read": 3523, "kept": 3400, "too_short": 71, "length_ratio": 26, "not_korean": 15, "page_furniture": 7,
-        "glossary": 3, "too_long": 1,
+        "read": 3523, "kept": 3400, "too_short": 71, "length_ratio": 26, "not_korean": 16, "page_furniture": 7,
+        "glossary": 2, "too_long": 1,
     }  # fmt: skip
     assert counts["01_medical_dict"] == {
         "read": 1655, "dropped: same sense": 359, "dropped: empty term": 1, "kept terms": 1295, "kept senses": 1295,

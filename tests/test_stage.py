@@ -1,7 +1,11 @@
 """The stage record: complete, again, differs, force, interrupted, resumed, altered upstream, gate."""
 
+import errno
 import json
 import os
+import signal
+import subprocess
+import sys
 
 import pytest
 
@@ -215,6 +219,147 @@ def test_a_missing_and_an_altered_output_are_seen(paths):
     with pytest.raises(PipelineError, match=r"train\.jsonl is missing"):
         run_refine(paths)
     assert run_refine(paths, force=True) is None and file.read_text() == "refined\n"
+
+
+# links, names, and files that change ------------------------------------------------------------------
+
+
+def test_a_folder_behind_a_link_is_read_and_compared(paths, tmp_path):
+    """A source on another disk; links further down are not followed, as in the reader of documents."""
+    disk = tmp_path / "disk"
+    (disk / "sub").mkdir(parents=True)
+    (disk / "sub/b.jsonl").write_text("b\n")
+    (paths.raw_korean / "linked").symlink_to(disk)
+    (disk / "loop").symlink_to(disk)
+    assert stage.files_under(paths.raw_korean) == [
+        paths.raw_korean / "a.jsonl",
+        paths.raw_korean / "linked/sub/b.jsonl",
+    ]
+    assert run_refine(paths) is None and run_refine(paths) == 0
+    (disk / "sub/b.jsonl").write_text("c\n")
+    with pytest.raises(PipelineError, match="input changed: Korean text"):
+        run_refine(paths)
+    # All of 01_raw may be a link, too.
+    paths.raw.rename(tmp_path / "raw")
+    paths.raw.symlink_to(tmp_path / "raw")
+    assert run_refine(paths, force=True) is None and run_refine(paths) == 0
+
+
+@pytest.mark.parametrize("change", ["other bytes", "one more file", "gone"])
+def test_a_raw_file_that_changes_meanwhile_is_not_vouched_for(paths, change):
+    s = refine(paths)
+    assert s.already_complete() is None
+    with pytest.raises(PipelineError, match="Korean text: .*\nwhile refine_00_plain_text was at work; run the same"):
+        with s.work() as folder:
+            (folder / paths.plain_text.name).mkdir()
+            if change == "gone":
+                (paths.raw_korean / "a.jsonl").unlink()
+            else:
+                (paths.raw_korean / ("a.jsonl" if change == "other bytes" else "b.jsonl")).write_text("x\n")
+            s.complete()
+    assert not paths.plain_text.exists() and not paths.record("refine_00_plain_text").exists()
+
+
+def test_a_raw_file_that_is_only_touched_meanwhile_is_the_same(paths):
+    s = refine(paths)
+    with s.work() as folder:
+        (folder / paths.plain_text.name).mkdir()
+        touch(paths.raw_korean / "a.jsonl")
+        s.complete()
+    assert run_refine(paths) == 0
+
+
+@pytest.mark.parametrize("name, shown", [("의료".encode("cp949"), "의료"), (b"\xff\xfe", r"\xff\xfe")])
+def test_a_name_that_is_no_utf8_is_refused(paths, name, shown):
+    os.mkdir(os.fsencode(paths.raw_korean) + b"/" + name)
+    with open(os.fsencode(paths.raw_korean) + b"/" + name + b"/x.jsonl", "wb") as file:
+        file.write(b"{}\n")
+    with pytest.raises(PipelineError) as error:
+        run_refine(paths)
+    assert "Korean text: " in str(error.value) and "convmv -f cp949" in str(error.value)
+    assert f"{shown}/x.jsonl: the name is not UTF-8" in str(error.value)
+
+
+@pytest.mark.parametrize("way", ["a file", "a link to nothing"])
+def test_something_in_the_way_of_the_output_is_named(paths, way):
+    paths.refined.write_text("") if way == "a file" else paths.refined.symlink_to("/nowhere/else")
+    said = "a file where a folder" if way == "a file" else "a link to a folder that does not exist where a folder"
+    with pytest.raises(PipelineError, match=f"02_refined: {said} is needed; move it away"):
+        run_refine(paths)
+
+
+@pytest.mark.parametrize("text", ["{}", "[]", '{"fingerprint": "a"}', '"a"'])
+def test_what_is_no_record_is_named(paths, text):
+    run_refine(paths)
+    paths.record("refine_00_plain_text").write_text(text)
+    for run in (run_refine, run_train):
+        with pytest.raises(PipelineError, match=r"refine_00_plain_text\.json: not a stage record; move it away"):
+            run(paths)
+
+
+# one process at a time ----------------------------------------------------------------------------------
+
+HOLDER = """
+import sys, time
+from medgemma_korean.paths import RunPaths
+from medgemma_korean.stage import Input, Stage
+paths = RunPaths.of("tiny", "data/sample")
+stage = Stage("refine_00_plain_text", paths, [paths.plain_text], [Input("Korean text", paths.raw_korean)], {})
+with stage.work() as folder:
+    (folder / "begun").write_text("x")
+    print("at work", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_one_process_at_a_time_and_a_kill_frees_the_stage(paths):
+    process = subprocess.Popen([sys.executable, "-c", HOLDER], stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "at work\n"
+    with pytest.raises(PipelineError) as error:
+        run_refine(paths)
+    assert f"/refine_00_plain_text.lock: another process is at work on refine_00_plain_text (pid {process.pid})" in str(
+        error.value
+    )
+    assert (paths.refined / ".stages/refine_00_plain_text.partial/begun").exists()
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert run_refine(paths) is None and not list(paths.refined.glob(".stages/*.lock"))
+    assert run_train(paths) is None and not list(paths.trained_00.parent.glob(".*"))
+
+
+def test_a_stage_that_another_process_finished_meanwhile_is_not_done_again(paths):
+    late = refine(paths)
+    assert late.already_complete() is None
+    run_refine(paths)
+    with pytest.raises(PipelineError, match="another process has just finished refine_00_plain_text; run the same"):
+        with late.work():
+            raise AssertionError("not reached")
+    assert run_refine(paths) == 0 and not list(paths.refined.glob("*.previous"))
+
+
+def test_a_disk_that_knows_no_locks_is_no_obstacle(paths, monkeypatch):
+    def flock(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(stage.fcntl, "flock", flock)
+    assert run_refine(paths) is None and not list(paths.refined.glob(".stages/*.lock"))
+
+
+def test_a_lock_whose_file_was_deleted_is_taken_anew(paths, tmp_path, monkeypatch):
+    """Who held it deletes the file; who waited at the old one must not believe to have it."""
+    path, real = tmp_path / "x.lock", stage.fcntl.flock
+
+    def flock(file, operation):
+        real(file, operation)
+        if path.exists() and not seen:
+            seen.append(path.stat().st_ino)
+            path.rename(tmp_path / "kept")  # so that its number is not given again
+
+    seen: list[int] = []
+    monkeypatch.setattr(stage.fcntl, "flock", flock)
+    file = stage._locked(path)
+    assert os.fstat(file).st_ino == path.stat().st_ino != seen[0]
+    os.close(file)
 
 
 # upstream -----------------------------------------------------------------------------------------------

@@ -195,6 +195,22 @@ def test_a_signal_to_the_whole_group_is_answered_by_the_program(begin, number):
     assert all_end(workers, 2)
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_signal_while_the_workers_start_prints_no_traceback_of_theirs(begin, number):
+    """Each run is stopped a little later, from before the first worker to behind the start of both."""
+    codes: list[int] = []
+    for step in range(9):
+        process = begin(2, "wait", "range(2)")
+        time.sleep(0.25 + 0.05 * step)
+        os.killpg(process.pid, number)
+        code, _, error = ended(process)
+        codes.append(code)
+        if code == -number:  # the program had not come to answer signals
+            continue
+        assert error == f"interrupted ({signal.Signals(number).name}); run the same command again to continue\n", step
+    assert codes[-1] == 130
+
+
 def test_workers_end_within_two_seconds_of_a_killed_parent(begin):
     process = begin(2, "wait", "range(2)")
     workers = [int(process.stdout.readline()) for _ in range(2)]

@@ -113,7 +113,9 @@ class _Mask(logging.Filter):
     SECRETS = re.compile(r"hf_[A-Za-z0-9]{10,}|(?<=Bearer )\S+|[\w.+-]{1,64}@[\w-]{1,64}\.[\w.]{2,20}")
 
     def filter(self, record: logging.LogRecord) -> bool:
-        record.msg, record.args = self.SECRETS.sub("***", record.getMessage()), ()
+        # A name of a file that is no UTF-8 holds halves of characters, which no log takes.
+        text = record.getMessage().encode("utf-8", "backslashreplace").decode()
+        record.msg, record.args = self.SECRETS.sub("***", text), ()
         return True
 
 
@@ -223,6 +225,8 @@ def run(main: Callable[[], int | None]) -> int:
             _say(f"error: no space left on the disk of {error.filename or Path.cwd()}; free some and run again")
         elif error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
             _say(f"error: no permission for {error.filename}: {error.strerror}")
+        elif error.errno in (errno.EIO, errno.ELOOP, errno.ENAMETOOLONG, errno.ESTALE):
+            _say(f"error: {error.filename or Path.cwd()}: {error.strerror}")
         else:
             _say(traceback.format_exc())
             return EXIT_BUG

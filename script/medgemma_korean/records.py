@@ -135,13 +135,41 @@ def parquet_rows(path: Path) -> int:
         raise PipelineError(f"{path}: damaged Parquet file ({str(error).splitlines()[0]})") from None
 
 
+def files_below(folder: Path) -> list[Path]:
+    """The files of a folder and its sub-folders, sorted, hidden ones left out.
+
+    A link to a folder is followed where it stands in `folder` itself: a source may lie on another disk.
+    """
+    links = [p for p in folder.glob("*") if p.is_symlink() and p.is_dir()]
+    found = (p for start in (folder, *links) for p in start.rglob("*") if p.is_file())
+    shown = {p for p in found if not any(part.startswith(".") for part in p.relative_to(folder).parts)}
+    return sorted(shown)  # of a set: Python 3.13 may follow the links by itself
+
+
 def row_files(folder: Path) -> list[Path]:
     """The row files of a folder and its sub-folders, sorted, hidden ones left out; the file itself for a file."""
     if folder.is_file():
         return [folder]
-    found = (p for p in folder.rglob("*") if p.is_file() and p.name.endswith(ROW_SUFFIXES))
-    found = (p for p in found if not any(p.match(name) for name in NOT_ROWS))
-    return sorted(p for p in found if not any(part.startswith(".") for part in p.relative_to(folder).parts))
+    found = (p for p in files_below(folder) if p.name.endswith(ROW_SUFFIXES))
+    return [p for p in found if not any(p.match(name) for name in NOT_ROWS)]
+
+
+def readable_name(path: Path) -> str:
+    """A path whose name is not UTF-8, as Windows machines of Korea leave them in an archive, in letters to print."""
+    try:
+        return os.fsencode(path).decode("cp949")
+    except UnicodeDecodeError:
+        return os.fsencode(path).decode("utf-8", "backslashreplace")
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder and those above it. Raises PipelineError where a file, or a link to nothing, stands in the way."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        way = next(p for p in (*reversed(path.parents), path) if not p.is_dir())
+        what = "a link to a folder that does not exist" if way.is_symlink() else "a file"
+        raise PipelineError(f"{way}: {what} where a folder is needed; move it away") from None
 
 
 def read_rows(path: Path) -> Iterator[dict[str, Any]]:
@@ -180,14 +208,21 @@ def atomic_open(path: Path) -> Iterator[IO[str]]:
 def _sweep(path: Path) -> None:
     """Remove what processes left that were killed while they wrote `path`; one that is alive may be writing now."""
     for part in path.parent.glob(f".{glob.escape(path.name)}.*.part"):
-        pid = part.name.split(".")[-2]
-        if pid.isdigit() and len(pid) < 9:  # a part of the transfer has a hash there
-            try:
-                os.kill(int(pid), 0)
-            except ProcessLookupError:
-                part.unlink(missing_ok=True)
-            except PermissionError:
-                pass
+        if not may_be_written(part):
+            part.unlink(missing_ok=True)
+
+
+def may_be_written(part: Path) -> bool:
+    """False where the process of this machine that `<name>.<pid>.part` names is gone."""
+    pid = part.name.split(".")[-2]
+    if not pid.isdigit() or len(pid) > 8:  # a part of the transfer has a hash there
+        return True
+    with contextlib.suppress(PermissionError):
+        try:
+            os.kill(int(pid), 0)
+        except ProcessLookupError:
+            return False
+    return True
 
 
 def dump(value: Any) -> str:

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import fcntl
 import os
 import platform
 import shutil
@@ -65,14 +66,7 @@ class Input:
 
 def files_under(path: Path) -> list[Path]:
     """Regular files of a file or folder, sorted, records and hidden files left out."""
-    if path.is_file():
-        return [path]
-    found = []
-    for p in path.rglob("*"):
-        parts = p.relative_to(path).parts
-        if p.is_file() and p.name != RECORD_NAME and not any(part.startswith(".") for part in parts):
-            found.append(p)
-    return sorted(found)
+    return [path] if path.is_file() else [p for p in records.files_below(path) if p.name != RECORD_NAME]
 
 
 def describe(paths: list[Path], home: Path, hashed: bool = True) -> dict[str, dict[str, Any]]:
@@ -105,8 +99,15 @@ def changed_files(described: dict[str, dict[str, Any]], home: Path, thorough: bo
 
 
 def read_record(path: Path) -> dict[str, Any] | None:
-    """The record at `path`, or None where the stage is not complete."""
-    return records.read_json(path) if path.is_file() else None
+    """The record at `path`, or None where the stage is not complete. Raises PipelineError for what is no record."""
+    record = records.read_json(path) if path.is_file() else None
+    if record is not None and not isinstance(record, dict):
+        raise _no_record(path)
+    return record
+
+
+def _no_record(path: Path) -> PipelineError:
+    return PipelineError(f"{show(path)}: not a stage record; move it away, and the stage counts as incomplete")
 
 
 def check_outputs(record_path: Path, thorough: bool = False) -> list[str]:
@@ -157,6 +158,7 @@ class Stage:
         self._started = time.monotonic()
         self._resumed = False
         self._tick = Every(1.0)  # a step may take milliseconds; the progress file is for people
+        self._seen: list[dict[str, Any] | None] = []  # the record, once `already_complete` has looked for it
 
     # identity -------------------------------------------------------------------------------------------
     def identity(self) -> dict[str, Any]:
@@ -187,6 +189,8 @@ class Stage:
                 state = "is incomplete (no stage record)" if item.path.exists() else "does not exist"
                 problems.append(f"{item.role}: {show(item.path)} {state}{hint}")
                 return None
+            if "fingerprint" not in record:
+                raise _no_record(item.record)
             return record["fingerprint"]
         if not item.path.exists():
             if not item.optional:
@@ -196,6 +200,12 @@ class Stage:
         if not files and not item.optional:
             problems.append(f"{item.role}: {show(item.path)} holds no files{hint}")
         base = item.path if item.path.is_dir() else item.path.parent
+        if unreadable := [f for f in files if not _is_utf8(f.relative_to(base))]:
+            problems.append(
+                f"{item.role}: {records.readable_name(unreadable[0])}: the name is not UTF-8; rename it, or all of "
+                "them with: convmv -f cp949 -t utf-8 -r --notest FOLDER"
+            )
+            return None
         return records.digest_of({str(f.relative_to(base)): self._known_sha256(f) for f in files})
 
     def _known_sha256(self, file: Path) -> str:
@@ -222,8 +232,11 @@ class Stage:
         """
         self.identity()
         record = read_record(self.record_path)
+        self._seen = [record]
         if record is None:
             return None
+        if not {"identity", "outputs", "home"} <= record.keys():
+            raise _no_record(self.record_path)
         differences = self._differences(record)
         if not differences:
             differences = check_outputs(self.record_path)
@@ -265,6 +278,8 @@ class Stage:
             record = read_record(item.record) if item.record else None
             if record is None:
                 continue
+            if not {"program", "outputs", "home"} <= record.keys():
+                raise _no_record(item.record)
             home = item.record.parent / record["home"]
             inside = {
                 k: v for k, v in record["outputs"].items() if (home / k).resolve().is_relative_to(item.path.resolve())
@@ -285,13 +300,46 @@ class Stage:
 
     # during ---------------------------------------------------------------------------------------------
     @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """Held by one process at a time; it ends with the process, however that ends.
+
+        Raises PipelineError while another process holds it, or when one has made the stage since we looked.
+        """
+        path = self._work.with_name(f"{self._work.name.removesuffix('.partial')}.lock")
+        records.make_folder(path.parent)
+        file = _locked(path)
+        if file is None:
+            raise PipelineError(
+                f"{show(path)}: another process is at work on {self.program} (pid {_first_line(path)}); "
+                "wait for it to end, or stop it, and run the same command again"
+            )
+        try:
+            if self._seen and read_record(self.record_path) != self._seen[0]:
+                raise PipelineError(
+                    f"{show(self.record_path)}: another process has just finished {self.program}; "
+                    "run the same command again"
+                )
+            yield
+        finally:
+            if file >= 0:
+                path.unlink(missing_ok=True)
+                os.close(file)
+
+    @contextlib.contextmanager
     def work(self, resumable: bool = False) -> Iterator[Path]:
-        """The temporary neighbour to write into. It is kept on error; a resumable stage continues in it."""
+        """The temporary neighbour to write into. It is kept on error; a resumable stage continues in it.
+
+        Raises PipelineError while another process is at work in it.
+        """
         self._verify_inputs()
+        with self.lock():
+            yield from self._at_work(resumable)
+
+    def _at_work(self, resumable: bool) -> Iterator[Path]:
         identity_file = self._work / ".identity.json"
         if self._work.exists():
             begun = records.read_json(identity_file) if identity_file.is_file() else None
-            if resumable and begun is not None:
+            if resumable and isinstance(begun, dict) and {"format", "inputs", "settings"} <= begun.keys():
                 differences = self._differences({"identity": begun})
                 if not differences:
                     self._resumed = True
@@ -347,8 +395,10 @@ class Stage:
     ) -> None:
         """Publish the work folder's content under the outputs' names, and last the record.
 
-        Raises PipelineError when an output was not made, GateError (after publishing) when the gate failed.
+        Raises PipelineError when a raw input is no longer what it was, AssertionError when an output was not made,
+        GateError (after publishing) when the gate failed.
         """
+        self._check_raw_inputs()
         home = self.outputs[0] if self.record_inside else self.paths.data
         record: dict[str, Any] = {
             "program": self.program,
@@ -407,6 +457,16 @@ class Stage:
         record["outputs"] = describe(self.outputs, self.paths.data)
         records.write_json(self.record_path, record)
 
+    def _check_raw_inputs(self) -> None:
+        """Refuse to vouch for what was made of files that have changed meanwhile; only these are hashed again."""
+        changed: list[str] = []
+        for item in (i for i in self.inputs if i.record is None):
+            if self._input_fingerprint(item, changed) != self.identity()["inputs"][item.role] and not changed:
+                changed.append(f"{item.role}: {show(item.path)} has changed")
+        if changed:
+            problems = "\n".join(changed)
+            raise PipelineError(f"{problems}\nwhile {self.program} was at work; run the same command again")
+
     def _made(self, output: Path) -> Path:
         """Where the work folder holds an output; the output itself for a stage that only checks files in place."""
         made = self._work / output.name
@@ -415,6 +475,41 @@ class Stage:
     def _raw_files(self) -> dict[str, dict[str, Any]]:
         raw = [i.path for i in self.inputs if i.record is None and i.path.exists()]
         return describe(raw, self.paths.data)
+
+
+def _locked(path: Path) -> int | None:
+    """A descriptor that holds the lock file; None while another process has it, -1 where a disk knows no locks."""
+    while True:
+        file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(file)
+            return None
+        except OSError:
+            path.unlink(missing_ok=True)
+            os.close(file)
+            return -1
+        with contextlib.suppress(FileNotFoundError):  # who held it before deletes the file
+            if os.path.samestat(os.fstat(file), path.stat()):
+                os.truncate(file, 0)
+                os.write(file, f"{os.getpid()}\n".encode())
+                return file
+        os.close(file)
+
+
+def _first_line(path: Path) -> str:
+    with contextlib.suppress(OSError):
+        if line := path.read_text().strip():
+            return line
+    return "unknown"
+
+
+def _is_utf8(path: Path) -> bool:
+    try:
+        return bool(str(path).encode())
+    except UnicodeEncodeError:
+        return False
 
 
 def _differing(prefix: str, old: Any, new: Any) -> list[str]:

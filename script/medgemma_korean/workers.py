@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import threading
@@ -18,6 +19,7 @@ from typing import Any
 
 from medgemma_korean.cli import PipelineError
 
+STOPPING = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
 POLL = 0.5  # seconds between looks at whether the parent still wants the worker
 
 
@@ -46,9 +48,8 @@ class Workers:
 
         one_thread_each()
         # Python's own helper process outlives the other two signals to a group, but not the end of a terminal.
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
-        resource_tracker.ensure_running()
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        with _held_back():
+            resource_tracker.ensure_running()
         context = multiprocessing.get_context("spawn")  # fork after threads have started may hang
         self._stop = context.Event()
         self._pool = ProcessPoolExecutor(number, context, _begin, (self._stop, os.getpid(), prepare, arguments))
@@ -60,7 +61,8 @@ class Workers:
         if self._pool:
             if kind:
                 self._stop.set()  # what they are at would be thrown away or done again
-            self._pool.shutdown(wait=not kind, cancel_futures=True)
+            # Also of those that have just been started: they need what this process has given them.
+            self._pool.shutdown(cancel_futures=True)
 
     def map(self, function: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[tuple[int, Any]]:
         """(position, result) of every item, as they come. Raises what the function raises.
@@ -82,15 +84,27 @@ class Workers:
             return
         from concurrent.futures import as_completed
 
-        futures = {self._pool.submit(function, item): i for i, item in enumerate(items)}
+        with _held_back():  # submitting starts the processes
+            futures = {self._pool.submit(function, item): i for i, item in enumerate(items)}
         for future in as_completed(futures):
             yield futures[future], future.result()
 
 
+@contextlib.contextmanager
+def _held_back() -> Iterator[None]:
+    """Signals wait until the end of the block; processes started in it let them wait until they say otherwise."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _begin(stop: Any, parent: int, prepare: Callable[..., None], arguments: tuple[Any, ...]) -> None:
     # Ctrl-C, the end of a terminal, and a stop reach every process of the group; the parent alone answers them.
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    for number in STOPPING:
         signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
     threading.Thread(target=_end_with_parent, args=(stop, parent), daemon=True).start()
     prepare(*arguments)
 

@@ -30,7 +30,7 @@ from medgemma_korean.cli import Every, PipelineError, log, size_text
 from medgemma_korean.paths import RunPaths, show
 from medgemma_korean.stage import Input, Stage
 
-FORMAT = 3
+FORMAT = 4
 # Cleanest first: of two equal documents the one from the earlier source is kept.
 PRIORITY = ("wikipedia_ko_2024", "wikipedia-korean", "namuwiki_extracted", "namu_wiki", "aihub", "c4_korean")
 SMALL = 30e6  # bytes of raw text that one process refines before further ones have started
@@ -40,11 +40,16 @@ LANGUAGES = {"ko": "Korean", "en": "English replay"}
 def sources_of(folder: Path) -> list[Path]:
     """The source folders in order of priority, then by name; the folder itself when it holds the files.
 
-    Raises PipelineError for files beside folders: they would belong to no source.
+    A source may be a link to a folder on another disk. Raises PipelineError for a link to nothing, and for files
+    beside folders: they would belong to no source.
     """
     from medgemma_korean.text.documents import kind_of
 
+    if not folder.is_dir():
+        raise PipelineError(f"{show(folder)}: a file where the folder of the sources is expected")
     shown = [p for p in folder.iterdir() if not p.name.startswith(".")]
+    if gone := sorted(p for p in shown if not p.exists()):
+        raise PipelineError("\n".join(f"{show(p)}: a link to something that does not exist" for p in gone))
     inside, files = [p for p in shown if p.is_dir()], sorted(p for p in shown if p.is_file() and kind_of(p))
     if not inside:
         return [folder]
@@ -159,7 +164,8 @@ def make_shards(pool: workers.Workers, jobs: list, meter: Meter) -> None:
 def write(pool: workers.Workers, jobs: list, decisions: Any, out: Path, meter: Meter) -> dict[str, int]:
     """Pass 3: the kept documents in the order of the shards; returns what was taken out of them.
 
-    Documents of which nothing is left are dropped in `decisions`. Raises AssertionError when an exam item is written.
+    Documents of which nothing is left, or an exam item, are dropped in `decisions`. Raises AssertionError when an
+    exam item is found in another one: pass 1 must have dropped it.
     """
     from medgemma_korean.text import merge
 
@@ -182,7 +188,7 @@ def write(pool: workers.Workers, jobs: list, decisions: Any, out: Path, meter: M
         for position, emitted in pool.map(merge.emit, emissions):
             if emitted.left:
                 raise AssertionError(f"held-out items are left in the training text: {sorted(set(emitted.left))[:3]}")
-            decisions.of_shard(position)[emitted.emptied] = merge.HELD_OUT
+            decisions.take_out(position, emitted)
             removed["lines"] += emitted.lines
             removed["bytes"] += emitted.bytes
             ready.add(position)
@@ -201,7 +207,7 @@ def write(pool: workers.Workers, jobs: list, decisions: Any, out: Path, meter: M
     return removed
 
 
-def checked_ledger(jobs: list, decisions: Any, raw: Path) -> dict:
+def checked_ledger(jobs: list, decisions: Any, raw: Path, limit: int | None) -> dict:
     """The ledger of one language. Raises PipelineError, after printing it, when a split has no document."""
     from medgemma_korean.text import ledger
 
@@ -210,8 +216,9 @@ def checked_ledger(jobs: list, decisions: Any, raw: Path) -> dict:
         if not number:
             log.info("%s", ledger.table(book, LANGUAGES[book["language"]]))
             read = sum(of["read"]["documents"] for of in book["sources"].values())
+            advice = f"choose more than --max-samples {limit}" if limit else "give it more text"
             raise PipelineError(
-                f"{show(raw)}: no {split} document is left of {read:,}; see the counts above, and give it more text"
+                f"{show(raw)}: no {split} document is left of {read:,}; see the counts above, and {advice}"
             )
     return book
 
@@ -226,19 +233,21 @@ def refine(
     out.mkdir(parents=True)
     scratch, step = out / ".signatures", sum(job.task.size for job in jobs) / BANDS
     meter.begin("compared")
+    limit = args.max_samples if jobs[0].language == "ko" else None
     decisions = merge.decide(
         jobs,
         scratch,
-        limit=args.max_samples if jobs[0].language == "ko" else None,
+        limit=limit,
         seed=args.seed,
         share=profile.validation_share,
         most=profile.validation_documents,
         tick=lambda: meter.add("compared", step),
     )
     scratch.unlink()
-    checked_ledger(jobs, decisions, raw)
+    limit = limit if (decisions.state == merge.NOT_SAMPLED).any() else None  # to name it only where it is the cause
+    checked_ledger(jobs, decisions, raw, limit)
     removed = write(pool, jobs, decisions, out, meter)
-    book = checked_ledger(jobs, decisions, raw) | {"validation_lines_removed": removed}
+    book = checked_ledger(jobs, decisions, raw, limit) | {"validation_lines_removed": removed}
     log.info("%s", ledger.table(book, LANGUAGES[book["language"]]))
     records.write_json(out / ledger.LEDGER, book)
     records.write_jsonl(out / ledger.DROPPED, ledger.dropped(jobs, decisions))
@@ -323,7 +332,7 @@ def main(argv: list[str] | None = None) -> int:
         ],
         settings={
             "max_samples": args.max_samples,
-            "seed": args.seed,
+            "seed": args.seed if args.max_samples else None,  # else nothing is drawn
             "validation_share": profile.validation_share,
             "validation_documents": profile.validation_documents,
             "rules": _rule_versions(),
@@ -331,7 +340,11 @@ def main(argv: list[str] | None = None) -> int:
         format=FORMAT,
         force=args.force,
     )
+    rests = paths.refined / ".shards"
     if (code := stage.already_complete()) is not None:
+        if rests.is_dir() and not args.keep_shards:  # a kill came behind the record
+            with contextlib.suppress(PipelineError), stage.lock():
+                tidy(rests, [])
         return code
     if args.executor != "local" and not spread(args, paths):
         return 0
@@ -343,7 +356,7 @@ def main(argv: list[str] | None = None) -> int:
         every = [job for of_language in jobs.values() for job in of_language]
         small = sum(job.task.size for job in every) < SMALL
         number = 1 if small and not args.workers else min(args.workers or workers.available(), len(every))
-        shards.remove_rests(paths.refined / ".shards")
+        shards.remove_rests(rests)
         meter = Meter(stage, sum(job.task.size for job in every))
         with workers.Workers(number, shards.prepare, (exams,)) as pool:
             make_shards(pool, every, meter)
@@ -364,16 +377,26 @@ def main(argv: list[str] | None = None) -> int:
             },
             metric=f"{korean['documents']['train']:,} Korean and {english['documents']['train']:,} English documents",
         )
-    tidy(paths.refined / ".shards", every if args.keep_shards else [])
+        tidy(rests, every if args.keep_shards else [])
     return 0
 
 
 def _rule_versions() -> dict[str, Any]:
-    """Versions of the cleaning rules and word lists: new rules are a reason to refine again."""
+    """The cleaning rules' version, the word lists and the thresholds: other rules are a reason to refine again."""
+    from medgemma_korean.text import decontaminate, dedup, documents, filters, merge, shards
     from medgemma_korean.text.clean import CLEAN_VERSION
 
-    words = records.read_json(Path(records.__file__).parent / "text" / "filter_words.json")
-    return {"clean": CLEAN_VERSION, "words": words["version"]}
+    words = Path(filters.__file__).with_name("filter_words.json")
+    thresholds = {
+        module.__name__.rpartition(".")[2]: {
+            name: value
+            for name, value in vars(module).items()
+            if name.isupper() and name[0] != "_" and isinstance(value, (int, float))
+        }
+        for module in (filters, dedup, decontaminate)
+    }
+    cuts = {"longest": documents.MAX_CHARACTERS, "seam": shards.SEAM, "held_out_line": merge.HELD_OUT_LINE}
+    return {"clean": CLEAN_VERSION, "words": records.sha256(words), "thresholds": thresholds, "cuts": cuts}
 
 
 if __name__ == "__main__":

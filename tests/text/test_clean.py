@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import unicodedata
 
 import pytest
@@ -35,6 +36,10 @@ def test_unknown_rules_are_refused() -> None:
         (unicodedata.normalize("NFD", "혈압"), "혈압"),
         ("가\u200b나\u202e다\ufeff라\u00ad마\ufffd\ue000", "가나다라마"),
         ("가\x00\x07나\ud800다", "가나다"),
+        ("가\u034f나\u115f다\u1160라\u17b4마\u180b바\u180f사", "가나다라마바사"),
+        ("가\U000e0100나\U000e0020다\U000e01ef라\U000f0000마\U0010ffff😀", "가나다라마😀"),
+        # NFC again, after what stood between the parts of a syllable is gone.
+        ("\u1112\u200b\u1161\u034f\u11ab", "한"),
         ("가\u00a0\u3000나\t다", "가 나 다"),
         ("가\r\n나\u2028다", "가 나 다"),
         ("  여러   칸  ", "여러 칸"),
@@ -54,6 +59,17 @@ def test_normalise_block_keeps_lines_and_one_blank() -> None:
 def test_combining_marks_are_limited_before_normalising() -> None:
     assert limit_marks("a" + "\u0301" * 100 + "b") == "a" + "\u0301" * 30 + "b"
     assert limit_marks("가" + "\u0301" * 30) == "가" + "\u0301" * 30
+    # Marks above the first plane, and signs that become marks in NFKC; cuneiform is no mark, whatever its plane.
+    assert limit_marks("a" + "\U0001e8d0\U0001d165" * 50) == "a" + "\U0001e8d0\U0001d165" * 15
+    assert limit_marks("か" + "\uff9e\u0301" * 50) == "か" + "\uff9e\u0301" * 15
+    assert limit_marks("\U00012000" * 100) == "\U00012000" * 100
+    assert limit_marks("\U00012000\u0301" * 100) == "\U00012000\u0301" * 100
+
+
+def test_marks_above_the_first_plane_end_quickly() -> None:
+    text, begun = "가나다 " * 50 + "\U0001e8d0\U0001d165" * 60_000, time.process_time()
+    assert clean_text(text, "web") == "가나다 " * 50 + "\U0001d165" * 15 + "\U0001e8d0" * 15
+    assert time.process_time() - begun < 1
 
 
 @pytest.mark.parametrize(
@@ -99,6 +115,45 @@ def test_combining_marks_are_limited_before_normalising() -> None:
         ("주민번호 800101-1234567 이다", "주민번호 이다"),
         ("주민번호 800101-1****** 이다", "주민번호 이다"),
         ("외국인 991231 - 7654321 끝", "외국인 끝"),
+        # A sign before the number.
+        ("연락처:010-2345-6789", "연락처:"),
+        ("TEL:02-345-6789", "TEL:"),
+        ("FAX:031-234-5678", "FAX:"),
+        ("(Tel.02-345-6789)", "(Tel.)"),
+        ("T.010-2345-6789", "T."),
+        ("홍길동/010-2345-6789", "홍길동/"),
+        ("연락처:01023456789", "연락처:"),
+        ("연락처-010-2345-6789", "연락처-"),
+        ("콜센터:1588-1234", "콜센터:"),
+        # Lists and ranges.
+        ("02-345-6789~90", ""),
+        ("010-2345-6789,010-3456-7890", ""),
+        ("010-2345-6789/010-3456-7890", ""),
+        ("01023456789,01034567890", ""),
+        ("(02)345-6789/345-6780,1588-1234 끝", "끝"),
+        ("02-345-6789,3층", ",3층"),
+        # Spaces, brackets and spaces without hyphens.
+        ("HP 010 - 2345 - 6789", "HP"),
+        ("번호 010-23456789", "번호"),
+        ("(010) 2345-6789", ""),
+        ("(010)2345-6789, (02) 345 6789", ","),
+        ("전화 02 1234 5678", "전화"),
+        # Hyphens, and full-width forms.
+        ("010‐2345‐6789 와 010−2345−6789 와 010—2345—6789", "와 와"),
+        ("０１０－２３４５－６７８９ 끝", "끝"),
+        ("전화：０２）３４５－６７８９", "전화："),
+        ("hong＠example.com 으로", "으로"),
+        ("+82‐10‐1234‐5678", ""),
+        ("900101–1234567 이다", "이다"),
+        ("900101 1234567 이다", "이다"),
+        ("900101-1234567,910101-2234567/911231-1******", ",/"),
+        ("９１１２３１－１２３４５６０", ""),
+        # Entities come before what they spell.
+        ("user&#64;example.com", ""),
+        ("010&nbsp;1234&nbsp;5678", ""),
+        ("010&#45;1234&#45;5678", ""),
+        ("&lt;http://a.bc/d&gt; 끝", "끝"),
+        ("&lt;b&gt;굵게&lt;/b&gt;", "<b>굵게</b>"),
     ],
 )
 def test_personal_data_is_removed(raw: str, expected: str) -> None:
@@ -130,6 +185,19 @@ def test_personal_data_is_removed(raw: str, expected: str) -> None:
         "응급 전화는 119와 1339이다",
         "바코드 8801234567890, 이진수 01011010110과 0110011001",
         "산소 02-03 L/min, 0.25-0.5-1-2 단계 희석",
+        # Values without a leading zero, ratios, ranges, codes and dates beside the signs that numbers may follow.
+        "β=.010 .234 .5678, p=.02, OR .010 .2345 .6789, CI:.031-.234",
+        "비율:02-345, 희석 1:010-2345-6789, 1,010-2345-6789, 농도~0.02-345-6789",
+        "p.1599-1604, Lancet:1599-1604, pp.1600-1650, Lancet 2020;395:1054-1062",
+        "검사/02-12-2020, 일자:02.12.2020, 시각:02:30~03:45, 내원일:2021.03.02",
+        "값 02 1234 5678과 051 234 5678, 결과 02) 250 1000 mg, 031 1000 2000",
+        "ICD-10:F32.1/E11.9, KCD:C50.9, CAS:50-78-2, CAS:7732-18-5, ATC/N02BA01, EC:3.4.21.5",
+        "Na/K/Cl:140/4.0/102, BP:120/80, BUN/Cr:15/0.9, AST/ALT:30/25, 농도:0.5~1.0 mg/dL",
+        "용량:500~1000 mg, 0.05~0.1 mg/kg/min, 투여:08-12-18시, 5-10-15 mg",
+        "혈압 ５０ mmHg, ０.５～１.０ mg, 체온 ３６.５℃, 나트륨 １４０ mEq/L ＠",
+        "120101 5 mL, 101231 0.5, 등록 101332 1234567, 개수 900101 1,234,567, 900101-12",
+        "GSE120101 1234567, A900101-1234567, 2900101-1234567, 대상 120101 1234567.5",
+        "0.900101-1234567, 물질 010-1-2345678, 염색체 02-345-67890, 바코드 0801-2345-67890",
     ],
 )
 def test_medical_numbers_survive(text: str) -> None:

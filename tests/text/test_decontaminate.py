@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import random
+import time
 from pathlib import Path
 
+import korean_corpus
 import numpy as np
 import pytest
 
+from medgemma_korean.text.clean import clean_text
 from medgemma_korean.text.decontaminate import GRAM, ExamIndex, fold, grams
 
 REAL_DATA = Path(__file__).resolve().parents[2].parent / "shared" / "real_data"
@@ -65,6 +70,10 @@ def _options(item: dict) -> list[str]:
         # Symbols tell options apart, so they stay.
         ("Na↑ K↓ >5 +", "na↑k↓>5+"),
         ("\u200b \t\n_", ""),
+        ("심\u034f전\U000e0100도\U000e0020검\u115f사\u1160는\U0001d173\ufe0f", "심전도검사는"),
+        ("😀𠀀", "😀𠀀"),
+        # Eighteen characters from one.
+        ("ﷺ㎎é ﷺ", "صلىاللهعليهوسلمmgéصلىاللهعليهوسلم"),
     ],
 )
 def test_fold(text: str, folded: str) -> None:
@@ -149,6 +158,97 @@ def test_a_stem_that_items_share_identifies_none() -> None:
     assert index.touched_by("급성 췌장염 " + tail) == ["1"]
 
 
+# Questions that identify nothing, with long, short and tiny options.
+LOOSE = [
+    {"id": str(number), "question": question, **dict(zip("ABCDE", options, strict=False))}
+    for number, (question, options) in enumerate(
+        [
+            ("옳은 것은?", ["간경변", "간암", "담석증", "췌장염", "위궤양"]),
+            ("다음 중 옳은 것은?", ["혈압이 높아진다", "맥박이 느려진다", "체온이 내려간다", "호흡이 가쁘다"]),
+            ("pH는?", ["7.1", "7.2", "7.3", "7.4", "7.5"]),
+            ("전이가 흔한 곳은?", ["간", "폐", "뇌", "뼈", "콩팥"]),
+            ("pH는?", ["산", "염기", "중성"]),
+            *((item["question"], _options(item)) for item in ITEMS[1:3]),
+        ]
+    )
+]
+
+
+@pytest.mark.parametrize("marks", [("",) * 5, "①②③④⑤", "ABCDE"], ids=["bare", "numbered", "lettered"])
+@pytest.mark.parametrize("moved", [False, True], ids=["counting", "shuffled_marks"])
+def test_options_in_any_order_are_found_after_a_question_that_identifies_none(marks, moved: bool) -> None:
+    index = ExamIndex(LOOSE)
+    for item in LOOSE:
+        options = _options(item)
+        for order in itertools.permutations(range(len(options))):
+            lines = [f"{marks[at if moved else k]} {options[at]}" for k, at in enumerate(order)]
+            text = f"{FILLER}{item['question']}\n" + "\n".join(lines) + FILLER
+            assert index.touched_by(text) == [item["id"]], text
+
+
+def test_a_question_that_identifies_none_needs_all_options_near_it() -> None:
+    index = ExamIndex(LOOSE)
+    # Without the last two, of which half of the grams is enough.
+    for item in LOOSE[:5]:
+        options = _options(item)
+        turned = [*options[1:], options[0]]
+        assert index.touched_by(FILLER + item["question"] + " ".join(turned[:-1]) + FILLER) == []
+        assert index.touched_by(FILLER + " ".join(turned) + FILLER) == []
+        far = item["question"] + " ".join(turned[:-1]) + FILLER * 8 + turned[-1]
+        assert index.touched_by(far) == []
+    # An option that is a part of another one does not stand where that one does.
+    index = ExamIndex([{"id": "x", "question": "다음 중 옳은 것은?", "A": "간", "B": "간경변증", "C": "담도폐쇄"}])
+    assert index.touched_by("다음 중 옳은 것은? 간경변증, 담도폐쇄, 위염") == []
+    assert index.touched_by("다음 중 옳은 것은? 담도폐쇄, 간경변증, 간") == ["x"]
+    # Labels alone are no options.
+    index = ExamIndex(
+        [{"id": "x", "question": "다음 중 옳은 것을 고르시오", **dict(zip("ABCDE", "12345", strict=True))}]
+    )
+    assert index.touched_by("다음 중 옳은 것을 고르시오. ② 나 ① 가 ③ 다 ④ 라 ⑤ 마") == []
+
+
+@pytest.mark.parametrize("hidden", ["\u034f", "\U000e0100", "\U000e0020", "\u1160", "\u115f", "\U0001d173", "\u200b"])
+def test_invisible_characters_hide_nothing(index: ExamIndex, hidden: str) -> None:
+    for item in ITEMS[:3]:
+        text = hidden.join(item["question"] + " ".join(_options(item)))
+        assert index.touched_by(FILLER + text) == [item["id"]]
+        assert index.touched_by(clean_text(FILLER + text, "web")) == [item["id"]]
+
+
+def test_ordinary_documents_touch_nothing() -> None:
+    rng = random.Random(1)
+    texts = [korean_corpus.document(rng) for _ in range(2000)]
+    for folder in ("00_korean", "00_english_replay"):
+        for file in sorted((korean_corpus.SAMPLE / folder).rglob("*.jsonl")):
+            texts += [row["text"] for row in korean_corpus.rows(file)]
+    assert len(texts) > 2000
+    exam = [
+        {**row, "id": f"{split}/{number}"}
+        for split in ("dev", "test")
+        for number, row in enumerate(korean_corpus.rows(korean_corpus.SAMPLE / "02_kor_med_test" / f"{split}.jsonl"))
+    ]
+    assert not any(ExamIndex([*exam, *LOOSE]).touched_by_each(texts))
+
+
+def test_one_stem_of_many_items_ends_quickly() -> None:
+    items = [
+        {
+            "id": str(i),
+            "question": "옳은 것은?",
+            "A": f"{i}번째 장기의 기능이 낮아진다",
+            "B": f"{i} 늘어난다",
+            "C": "모두",
+        }
+        for i in range(300)
+    ]
+    index = ExamIndex(items)
+    # Every item has its longest option there, and none has all of them.
+    text = " ".join(f"옳은 것은? {item['A']}" for item in items * 30)
+    begun = time.process_time()
+    assert index.touched_by(text) == []
+    assert time.process_time() - begun < 5
+
+
 def test_half_of_the_grams_decides() -> None:
     question = "".join(chr(0xAC00 + 31 * number) for number in range(112))
     index = ExamIndex([{"id": "x", "question": question}])
@@ -170,7 +270,9 @@ def test_grams_do_not_cross_documents() -> None:
 
 def test_short_items_match_exactly(index: ExamIndex) -> None:
     assert index.touched_by("문제: 혈색소 정상? ↑ ↓") == ["4"]
+    assert index.touched_by("문제: 혈색소 정상? ① ↓ ② ↑") == ["4"]
     assert index.touched_by("혈색소는 정상이다 ↑ ↓") == []
+    assert index.touched_by("혈색소 정상? ↑ ↑") == []
 
 
 def test_several_documents_keep_their_order(index: ExamIndex) -> None:

@@ -644,3 +644,35 @@ def test_many_damaged_files_are_a_short_message(source):
     with pytest.raises(PipelineError) as error:
         tasks_of(source)
     assert str(error.value).splitlines()[-1] == "and 30 more files" and len(str(error.value).splitlines()) == 21
+
+
+def test_two_columns_of_one_name(source):
+    for file, write in (("a.parquet", pq.write_table), ("a.arrow", None)):
+        table = pa.Table.from_arrays([pa.array(["가"]), pa.array(["나"])], names=["text", "text"])
+        if write:
+            write(table, source / file)
+        else:
+            with pa.ipc.new_stream(source / file, table.schema) as out:
+                out.write_table(table)
+        refused(source, f'{file}: 2 columns are called "text"; rename all but one')
+        (source / file).unlink()
+
+
+@pytest.mark.parametrize("shards", [[{"x": 1}], ["a.arrow"], [{"filename": 3}]])
+def test_a_state_that_names_no_files(source, shards):
+    (source / "state.json").write_text(json.dumps({"_data_files": shards}))
+    (source / "a.jsonl").write_bytes(jsonl(["가"]))
+    refused(source, 'state.json: "_data_files" names no files, as those of save_to_disk do; mend or delete it')
+
+
+def test_a_batch_knows_the_pieces_around_it(source, monkeypatch):
+    monkeypatch.setattr(documents, "MAX_CHARACTERS", 200)
+    texts = ["가" * 100, "나" * 950, "다" * 100, "라" * 150]
+    (source / "a.jsonl").write_bytes(jsonl(texts))
+    (task,) = tasks_of(source)
+    batches = list(read(task, 400))
+    assert [batch.rows for batch in batches] == [[0, 1], [1, 1], [1, 1], [2, 3]]
+    assert (batches[0].before, batches[0].after) == (None, batches[1].texts[0])
+    assert (batches[1].before, batches[1].after) == (batches[0].texts[1], batches[2].texts[0])
+    assert (batches[2].before, batches[2].after) == (batches[1].texts[1], None)
+    assert (batches[3].before, batches[3].after) == (None, None)

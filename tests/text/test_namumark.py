@@ -151,6 +151,7 @@ HOSTILE = {
     "ref_closer": "</ref>" * REPEATS,
     "tag": "<b " * REPEATS,
     "tag_equals": "<b a=" * REPEATS,
+    "bracket": "[a]" * 10 * REPEATS,
     "footnote": "[* " * REPEATS,
     "footnote_inner": "[* [b] " * REPEATS,
     "bracket_nested": "[" * REPEATS + "]" * REPEATS,
@@ -241,6 +242,16 @@ def test_hostile_input_is_linear(rules: str) -> None:
 )
 def test_references_and_ages_leave_nothing(raw: str, expected: str) -> None:
     assert strip_markup(raw, "namumark") == expected
+
+
+def test_prose_in_brackets_costs_little() -> None:
+    # Macros among them, so that the brackets are looked at.
+    text, begun = "[가]" * 200_000 + "[br][목차]", time.process_time()
+    assert strip_markup(text, "namumark") == "[가]" * 200_000 + "\n"
+    assert time.process_time() - begun < 1
+    text, begun = "[a]" * 200_000, time.process_time()
+    assert strip_markup(text, "namumark") == text
+    assert time.process_time() - begun < 0.15
 
 
 def test_commas_between_lost_references() -> None:

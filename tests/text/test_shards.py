@@ -70,6 +70,8 @@ HOSTILE = {
     "crossing": "{{[[" * 100_000 + PROSE * 20 + "}}]]" * 100_000,
     "nested colours": sized("{{{#red ", 250_000) + PROSE * 20 + sized("}}}", 125_000),
     "links in links": sized("[[가|", 250_000) + sized("]]", 125_000),
+    "brackets": sized("[a]"),
+    "empty brackets": sized("[]"),
     "footnotes": sized("[* 각주 [b] "),
     "cells": sized("||<-2><:>"),
     "tables": sized("\n{|\n|-\n"),
@@ -81,13 +83,19 @@ HOSTILE = {
     "right-to-left marks": sized("\u202e환자\u200f는 \u2067두통\u2069 "),
     "private-use characters": sized("\ue000환자\uf8ff는 \U000f0000"),
     "combining marks": "가" * 50 + sized("\u0301\u0323"),
+    "combining marks above the first plane": "가나다 " * 50 + "\U0001e8d0\U0001d165" * 60_000,
+    "combining marks of two kinds": sized("\u0301\uff9e"),
+    "tags, selectors and fillers": sized("환\U000e0100자\u034f는 \U000e0041\u1160 "),
     "decomposed syllables": sized("\u1112\u1161\u11ab \u1112\u1161 "),
     "zero-width characters": sized("환\u200b자\u200d는\ufeff "),
     "letters that fold into eighteen": sized("\ufdfa\u3307 "),
+    "one letter that folds into eighteen": sized("\ufdfa "),
     "beyond the first plane": sized("😀𠀀\U0010ffff 환자 "),
     "e-mail addresses": sized("a.", 250_000) + "@" + sized("a@b.", 250_000),
     "addresses": sized("http://www.(http://"),
     "numbers": sized("010-1234-02-800101-1"),
+    "lists of numbers": sized("02-345-6789/"),
+    "full-width numbers": sized("０１０－"),
     "entities": sized("&amp;amp;lt;&#x26;"),
     "blank lines": sized(" \n \u2028 \n"),
     "one character": sized("가"),
@@ -253,6 +261,114 @@ def test_an_error_leaves_no_rest(source, indexes) -> None:
     assert list(job.folder.iterdir()) == []
 
 
+@pytest.mark.parametrize("batch", [1, 1300, 4_000_000])
+def test_an_exam_item_at_a_cut_is_found(source, indexes, monkeypatch, batch) -> None:
+    """Half of it stands in either piece; a piece that holds it alone takes no other one along."""
+    monkeypatch.setattr(documents, "MAX_CHARACTERS", 1000)
+    monkeypatch.setattr(shards, "read", lambda task: documents.read(task, batch))
+    before, behind = QUESTION[: len(QUESTION) // 2], QUESTION[len(QUESTION) // 2 :]
+    rng = random.Random(3)
+
+    def words(length: int) -> str:
+        made = "".join("".join(chr(0xAC00 + 7 * rng.randrange(1500)) for _ in range(3)) + " " for _ in range(length))
+        return made[:length]
+
+    # No space in the first thousand characters, so that it is cut behind them.
+    half = before.replace(" ", "")
+    head = words(1000 - len(half)).replace(" ", "가") + half
+    cut = head + behind + words(1500)
+    alone = words(400) + QUESTION + words(2000)
+    write(source / "a.jsonl", [words(900), cut, words(500), alone, words(2500)])
+    job = job_of(source)
+    refine_shard(job, *indexes)
+    about = job.about()
+    pieces = [list(documents._pieces(text)) for text in (cut, alone)]
+    assert pieces[0][0] == head and pieces[0][1].startswith(behind)
+    found = [row["where"] for row in about["contaminated"]]
+    assert found == ["c4_korean/a.jsonl, line 2"] * 2 + ["c4_korean/a.jsonl, line 4"]
+    assert all(row["items"] == ["dev/1"] for row in about["contaminated"])
+    passed = 1 + (len(pieces[0]) - 2) + 1 + (len(pieces[1]) - 1) + 3
+    assert about["documents"] == {
+        "read": passed + 3, "passed": passed, "contaminated": 3, "further_pieces": about["documents"]["further_pieces"],
+    }  # fmt: skip
+    # The last piece is too short to stay, and the item is in the one before it all the same.
+    write(source / "a.jsonl", [head + behind])
+    job = job_of(source)
+    refine_shard(job, *indexes)
+    assert (job.about()["documents"]["contaminated"], job.about()["documents"]["too_short"]) == (1, 1)
+    # Train items are counted there, too.
+    write(source / "a.jsonl", [cut])
+    refine_shard(job_of(source), *indexes[::-1])
+    assert job_of(source).about()["train_items"] == ["dev/1"] and not job_of(source).about()["contaminated"]
+
+
+@pytest.mark.parametrize("change", ["same size", "longer", "touched", "gone"])
+def test_a_file_that_changes_while_it_is_read_makes_no_shard(source, indexes, monkeypatch, change) -> None:
+    import os
+
+    file = write(source / "a.jsonl", [f"{PROSE * 3}{i}" for i in range(9)])
+    job = job_of(source)
+    assert job.name
+    job = pickle.loads(pickle.dumps(job))  # a worker has what the program hashed
+    whole = file.read_bytes()
+    if change == "gone":  # behind its reading; before, the reader says so
+        real = documents.read
+        monkeypatch.setattr(shards, "read", lambda task: [*real(task), file.unlink()][:-1])
+    elif change == "touched":
+        os.utime(file, ns=(1, 1))
+    else:
+        file.write_bytes(file.read_bytes().replace(b"3", b"4") + (b'{"text": "a"}\n' if change == "longer" else b""))
+        os.utime(file, ns=(1, 1))
+    with pytest.raises(PipelineError, match=r"a\.jsonl: changed while it was read; run the same command again"):
+        refine_shard(job, *indexes)
+    assert list(job.folder.iterdir()) == []
+    monkeypatch.undo()
+    file.write_bytes(whole)
+    refine_shard(job_of(source), *indexes)
+    assert job_of(source).done
+
+
+@pytest.mark.parametrize("suffix", ["keys.npy", "sig.npy"])
+def test_every_flipped_bit_of_a_header_is_a_damaged_shard(source, indexes, suffix) -> None:
+    write(source / "a.jsonl", [f"{PROSE * 3}{i}" for i in range(9)])
+    job = job_of(source)
+    refine_shard(job, *indexes)
+    whole = job.path(suffix).read_bytes()
+    for position in range(128):
+        for bit in range(8):
+            damaged = bytearray(whole)
+            damaged[position] ^= 1 << bit
+            job.path(suffix).write_bytes(damaged)
+            with pytest.raises(PipelineError, match=r"a damaged shard \(its header does not match\)"):
+                job.array(suffix)
+    job.path(suffix).write_bytes(whole + b"x")
+    with pytest.raises(PipelineError, match=r"a damaged shard \(its size does not match\)"):
+        job.array(suffix, mapped=True)
+    job.path(suffix).write_bytes(whole)
+    assert np.array_equal(job.array(suffix), np.load(job.path(suffix)))
+    job.path("json").write_text("[]")
+    with pytest.raises(PipelineError, match="a damaged shard"):
+        job.array(suffix)
+
+
+def test_rests_of_living_workers_stay(tmp_path) -> None:
+    import os
+    import platform
+
+    rests = [tmp_path / f".ko.x.parquet.{platform.node()}.{pid}.part" for pid in (os.getpid(), 99999999)]
+    for rest in [*rests, tmp_path / ".ko.x.parquet.otherhost.99999999.part"]:
+        rest.write_text("x")
+    shards.remove_rests(tmp_path)
+    assert [rest.exists() for rest in rests] == [True, False] and len(list(tmp_path.glob(".*"))) == 2
+
+
+def test_a_file_in_the_place_of_the_shards_is_named(source, indexes) -> None:
+    write(source / "a.jsonl", [PROSE * 3])
+    (source.parent / ".shards").write_text("")
+    with pytest.raises(PipelineError, match=r"/\.shards: a file where a folder is needed"):
+        refine_shard(job_of(source), *indexes)
+
+
 # decisions ----------------------------------------------------------------------------------------------
 
 
@@ -332,6 +448,61 @@ def test_what_is_written_is_what_was_decided(jobs, tmp_path, monkeypatch) -> Non
     shards.prepare(Exams(({"id": "test/9", "question": text},), ()))
     files = {decided.state[0]: tmp_path / "again"}
     assert merge.emit(merge.Emission(jobs[0], decided.of_shard(0), files, held_out)).left == ["test/9"]
+
+
+def test_one_document_is_held_out_where_two_are_kept(jobs, tmp_path) -> None:
+    for limit, held_out in ((1, 0), (2, 1), (3, 1)):
+        decided = decide(jobs, tmp_path, share=1e-9, limit=limit)
+        held = np.flatnonzero(decided.state == merge.VALIDATION)
+        assert (len(held), (decided.state == merge.TRAIN).sum()) == (held_out, limit - held_out)
+        if held_out:
+            keys = np.concatenate([job.array("keys.npy") for job in jobs])[:, 0]
+            assert keys[held[0]] == keys[decided.state <= merge.VALIDATION].min()
+
+
+def test_a_full_disk_says_so(jobs, tmp_path, monkeypatch) -> None:
+    with pytest.raises(OSError) as error:
+        merge._signatures(jobs, np.array([0, 50, 100, 150]), np.zeros(150, dtype=np.uint8), Path("/dev/full"))
+    assert error.value.errno == 28
+
+
+def test_an_exam_item_that_removed_lines_had_divided_is_no_training_text(source, tmp_path, indexes) -> None:
+    rng = random.Random(6)
+
+    def words(number: int) -> str:
+        return " ".join("".join(chr(0xAC00 + 7 * rng.randrange(1500)) for _ in range(3)) for _ in range(number))
+
+    line = words(9)
+    folded = QUESTION.replace(" ", "")
+    divided = f"\n{line}\n".join(folded[i : i + 10] for i in range(0, len(folded), 10))
+    texts = [f"{words(40)}\n{line}\n{words(9)}", f"{words(40)}\n{divided}\n{words(40)}", words(60)]
+    texts.append(f"{words(40)}\n{line}\n{words(40)}")
+    write(source / "a.jsonl", texts)
+    job = job_of(source)
+    refine_shard(job, *indexes)
+    assert job.about()["documents"]["passed"] == 4
+    decided = decide([job], tmp_path)
+    decided.state[:] = [merge.VALIDATION, merge.TRAIN, merge.TRAIN, merge.TRAIN]
+    shards.prepare(Exams((ITEM,), ()))
+    merge.write_held_out_lines([job], decided, tmp_path / "lines")
+    files = {merge.TRAIN: tmp_path / "train", merge.VALIDATION: tmp_path / "validation"}
+    emitted = merge.emit(merge.Emission(job, decided.of_shard(0), files, tmp_path / "lines"))
+    shorter = len(line.encode()) + 1
+    assert emitted == merge.Emitted(lines=1, bytes=shorter, exposed={1: ["dev/1"]})
+    written = [json.loads(row)["text"] for row in (tmp_path / "train").read_text(encoding="utf-8").splitlines()]
+    assert written == [texts[2], texts[3].replace(line + "\n", "")]
+    decided.take_out(0, emitted)
+    book = ledger.build([job], decided)
+    found = book["sources"]["c4_korean"]
+    assert found["dropped"]["contaminated"] == {"documents": 1, "bytes": len(texts[1].encode())}
+    assert found["read"]["documents"] == found["kept"]["documents"] + 1 and book["documents"]["train"] == 2
+    assert book["contaminated_documents"] == [
+        {"source": "c4_korean", "where": "c4_korean/a.jsonl, line 2", "items": ["dev/1"]}
+    ]
+    assert book["held_out_items_touched"] == ["dev/1"]
+    assert list(found["dropped"]).count("contaminated") == 1
+    (row,) = ledger.dropped([job], decided)
+    assert row["reason"] == "contaminated" and row["where"] == "c4_korean/a.jsonl, line 2: dev/1"
 
 
 def test_many_shards_do_not_hold_many_files(jobs, tmp_path) -> None:

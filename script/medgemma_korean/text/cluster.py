@@ -12,6 +12,8 @@ datatrove is optional: pip install -e '.[cluster]'. Ray 2.60 was tried on one ma
 
 from __future__ import annotations
 
+import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -57,7 +59,15 @@ class RefineShards:
             shards.prepare(self.exams)
             RefineShards.prepared = todo[0].exams
         for job in todo:
-            shards.work(job)
+            try:
+                shards.work(job)
+            except PipelineError as error:
+                from loguru import logger
+
+                # The reason is one line of the task's log; datatrove would add a traceback with every variable.
+                logger.error("{}", error)
+                logger.remove()
+                raise
 
 
 class Run:
@@ -88,7 +98,11 @@ def spread(
     todo = [job for job in jobs if not job.done]
     if not todo:
         return True
-    one_thread_each()  # Slurm hands the environment on
+    if executor == "slurm" and not shutil.which("sbatch"):
+        raise PipelineError("--executor slurm: there is no sbatch on this machine; run it where jobs are submitted")
+    # Slurm hands the environment on.
+    one_thread_each()
+    os.environ.setdefault("LOGURU_DIAGNOSE", "NO")  # the variables of a traceback hold texts
     step = RefineShards(todo, exams)
     # One folder for what is to be made: datatrove knows tasks by their number, which says nothing of other files or
     # rules. Whether a shard is there, the shard says.

@@ -2,19 +2,21 @@
 
 Text is folded (NFKC, lower case, spaces and punctuation dropped) and cut into character 13-grams. An item is touched by
 a document in which at least half of the item's own 13-grams stand; an item shorter than 13 folded characters is touched
-when the folded whole stands there. An item has several texts, and any one of them decides:
+when the folded whole stands there, options in any order. An item has several texts, and any one of them decides:
 
 * the question with its options, as printed: bare, numbered 1-5 (①, 1) and 1. all fold to the digit) or lettered A-E.
   Without the numbered forms a page with "① …" would break every 13-gram that crosses two options.
 * the question alone, because copies often drop, shorten or shuffle the options. Here half of the 13-grams that no other
   item's question holds must stand too: "가장 심각한 합병증은 무엇인가?" may be half of a short question and still
   identifies none.
+* a question that identifies none ("옳은 것은?") with all options near it, in any order; a few grams tell where to look.
 """
 
 from __future__ import annotations
 
 import functools
 import itertools
+import re
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache
@@ -22,13 +24,14 @@ from typing import Any
 
 import numpy as np
 
-from medgemma_korean.text.clean import limit_marks
+from medgemma_korean.text.clean import INVISIBLE, limit_marks
 from medgemma_korean.text.points import batches, points_of
 
 GRAM = 13
 # Share of an item's own 13-grams.
 MIN_SHARE = 0.5
 OPTIONS = "ABCDE"
+_LABELS = ("12345", "abcde")
 
 # 2^19 words of 64 bits are 4 MB and stay in the processor's cache; twice as many take twice the time. A gram has two
 # bits of one word: 2 million grams let one strange gram in 70 pass to the search, with one bit it would be one in 16.
@@ -43,6 +46,9 @@ _LIKE_PUNCTUATION = "~∼|\u119e\u318d"
 # What the folding table holds beside code points: the end of a text, a character that goes, and a mark on those whose
 # folding needs more than a table.
 _END, _DROPPED, _UNSTABLE = 0, 1 << 21, 1 << 22
+# A call to normalise costs as much as this many characters more in one call.
+_GAP = 8
+_LONGEST = "\ufdfa"
 
 
 def fold(text: str) -> str:
@@ -71,13 +77,16 @@ def _fold_all(texts: Sequence[str]) -> np.ndarray:
         return _fold_all([text.replace("\0", "\1") for text in texts])
     unstable = np.flatnonzero(codes >= _UNSTABLE)
     if len(unstable):
+        # Eighteen characters from one, which normalising takes its time for.
+        if _LONGEST in joined:
+            return _fold_all([text.replace(_LONGEST, unicodedata.normalize("NFKC", _LONGEST)) for text in texts])
         codes = table.take(points_of(_normalised(joined, unstable)), mode="wrap") & ~np.uint32(_UNSTABLE)
     return codes.compress(codes != _DROPPED)  # three times as fast as codes[...]
 
 
 def _normalised(text: str, unstable: np.ndarray) -> str:
     """Return `text` in NFKC and lower case where its characters at `unstable` and the ones before them stand."""
-    edges = np.flatnonzero(np.diff(unstable) > 1)
+    edges = np.flatnonzero(np.diff(unstable) > _GAP)
     lows = unstable[np.append(0, edges + 1)].tolist()
     highs = unstable[np.append(edges, -1)].tolist()
     pieces, done = [], 0
@@ -110,14 +119,21 @@ def _fold_table() -> np.ndarray:
             table[point] |= _UNSTABLE
         else:
             table[point] = ord(left[0]) if left else _DROPPED
+    # Tags, variation selectors and private use.
+    table[0xE0000:] = _DROPPED
     return table
 
 
 def _survives(character: str) -> bool:
-    """Whether a character in NFKC is kept; above the first plane all are, which are letters and emoji."""
+    """Whether a character in NFKC is kept; above the first plane all are that show, which are letters and emoji."""
     category = unicodedata.category(character)
-    return character > "\uffff" or (
-        category[0] not in "PZC" and category != "Sk" and character not in _LIKE_PUNCTUATION
+    if character > "\uffff":
+        return category != "Cf"
+    return (
+        category[0] not in "PZC"
+        and category != "Sk"
+        and character not in _LIKE_PUNCTUATION
+        and not INVISIBLE.match(character)
     )
 
 
@@ -159,6 +175,89 @@ def item_options(item: Mapping[str, Any]) -> list[str]:
     return [str(item[key]) for key in OPTIONS if item.get(key) not in (None, "")]
 
 
+class _Loose:
+    """An item whose question identifies none: it stands where the question and all options do, whatever their order.
+
+    Texts are folded; `_tellable` says which items can be told that way.
+    """
+
+    def __init__(self, question: str, options: list[str]) -> None:
+        self.question, self.options = question, options
+        size = len(question) + sum(map(len, options))
+        # Labels stand between the options, and perhaps a remark.
+        self.reach = size + 4 * len(options) + min(size, 150)
+        # An option may be part of another one, or of the question.
+        self.counts = {text: sum(whole.count(text) for whole in (question, *options)) for text in options}
+
+    def hints(self) -> list[str]:
+        """Return grams, of which one stands wherever the item does: a long option, or what follows the question."""
+        tail = self.question[-max(GRAM // 2, GRAM - sum(map(len, self.options))) :]
+        found = {option[:GRAM] for option in self.options if len(option) >= GRAM}
+        for labels in ("", *_LABELS):
+            # The labels count the options as they stand, or were shuffled with them.
+            for counting in (True, False):
+                found.update(self._begun(tail, labels, counting))
+        return sorted(found)
+
+    def _begun(self, tail: str, labels: str, counting: bool) -> set[str]:
+        """Return the first gram of `tail` and options behind it, in every order that there is."""
+        begun, found = [(tail, ())], set()
+        while begun:
+            text, used = begun.pop()
+            if len(text) >= GRAM:
+                found.add(text[:GRAM])
+                continue
+            for number, option in enumerate(self.options):
+                if number not in used:
+                    label = labels[len(used) if counting else number] if labels else ""
+                    begun.append((text + label + option, (*used, number)))
+        return found
+
+    def stands_in(self, folded: str) -> bool:
+        """Whether the item stands in a folded document; linear, because it goes from one longest option to the next."""
+        longest, at = max(self.options, key=len), -1
+        while (at := folded.find(longest, at + 1)) >= 0:
+            asked = folded.find(self.question, max(at - self.reach, 0))
+            if asked < 0:
+                return False
+            if asked > at:
+                # Nothing before this question has one near it.
+                at = asked
+                continue
+            near = folded[max(at - self.reach, 0) : at + self.reach]
+            if all(near.count(text) >= count for text, count in self.counts.items()):
+                return True
+        return False
+
+
+class _Short:
+    """An item too short for a gram: it stands only where its options follow the question at once, in any order."""
+
+    def __init__(self, question: str, options: list[str]) -> None:
+        self.question = question
+        self.counts = {text: sum(whole.count(text) for whole in options) for text in options}
+        option = "|".join(re.escape(text) for text in sorted(options, key=len, reverse=True))
+        label = f"[{''.join(_LABELS)}]?"
+        self.printed = re.compile(f"{re.escape(question)}((?:{label}(?:{option})){{{len(options)}}})")
+
+    def stands_in(self, folded: str) -> bool:
+        return self.question in folded and any(
+            all(match[1].count(text) >= count for text, count in self.counts.items())
+            for match in self.printed.finditer(folded)
+        )
+
+
+def _tellable(question: str, options: list[str]) -> bool:
+    """Whether an item of these folded texts is more than a phrase and a few labels, such as 가, 나 and 다."""
+    letters = sum(map(len, options))
+    return (
+        question != ""
+        and len(question) + letters >= GRAM
+        and 1 < len(options) <= len(OPTIONS)
+        and (letters >= 2 * len(options) or not set("".join(options)) <= {*"".join(_LABELS), *"가나다라마ㄱㄴㄷㄹㅁ"})
+    )
+
+
 class ExamIndex:
     """Exam items by their 13-grams and by their folded question and options.
 
@@ -173,26 +272,30 @@ class ExamIndex:
                 raise ValueError(f"exam item {position} needs an id and a question, found {sorted(item)}")
         self.ids = [str(item["id"]) for item in items]
         self._same: dict[tuple[str, frozenset[str]], str] = {}
-        self._short: list[tuple[str, int]] = []
+        self._short: list[tuple[_Short, int]] = []
+        # Items whose question identifies none, by their positions.
+        self._loose: dict[int, _Loose] = {}
         questions = _folded([str(item["question"]) for item in items])
         options = iter(_folded([option for item in items for option in item_options(item)]))
-        forms, owners = [], []
+        forms, owners, options_of = [], [], []
         for position, (item, question) in enumerate(zip(items, questions, strict=True)):
             own = list(itertools.islice(options, len(item_options(item))))
+            options_of.append(own)
             self._same.setdefault((question, frozenset(own)), self.ids[position])
             whole = question + "".join(own)
             if 0 < len(whole) < GRAM:
-                self._short.append((whole, position))
+                self._short.append((_Short(question, own), position))
             for text in _printed_forms(question, own):
                 forms.append(text)
                 owners.append(position)
-        self._build(forms, owners, questions)
+        self._build(forms, owners, questions, options_of)
 
-    def _build(self, forms: list[str], owners: list[int], questions: list[str]) -> None:
-        """Number the texts of the items: printed forms, then questions that have grams of their own.
+    def _build(self, forms: list[str], owners: list[int], questions: list[str], options: list[list[str]]) -> None:
+        """Number the texts of the items: printed forms, questions that have grams of their own, the other questions.
 
         A form is one set of grams; a question is two, all of its grams and its own. A text is found when half of each
-        of its sets stands in the document.
+        of its sets stands in the document. Of a question that identifies none the set holds hints, of which one makes
+        a document worth a closer look.
         """
         hashes, sets = _distinct_grams(forms)
         asked, askers = _distinct_grams(questions)
@@ -204,14 +307,24 @@ class ExamIndex:
         rank = np.full(len(questions), -1, dtype=np.int32)
         rank[specific] = len(forms) + np.arange(len(specific))
         identified = rank[askers] >= 0
-        flat = np.concatenate([hashes, asked[identified], asked[own]])
-        sets = np.concatenate([sets, rank[askers[identified]], rank[askers[own]] + np.int32(len(specific))])
+        for position in np.flatnonzero(rank < 0).tolist():
+            if _tellable(questions[position], options[position]):
+                self._loose[position] = _Loose(questions[position], options[position])
+        hints_of = [loose.hints() for loose in self._loose.values()]
+        hints, hinted = _distinct_grams(list(itertools.chain(*hints_of)))
+        hinted = np.repeat(np.arange(len(hints_of), dtype=np.int32), [len(group) for group in hints_of])[hinted]
+        first_loose = len(forms) + len(specific)
+        flat = np.concatenate([hashes, asked[identified], asked[own], hints])
+        own_sets = rank[askers[own]] + np.int32(len(specific) + len(self._loose))
+        sets = np.concatenate([sets, rank[askers[identified]], own_sets, hinted + np.int32(first_loose)])
 
-        self._item_of_text = owners + specific.tolist()
+        self._item_of_text = owners + specific.tolist() + list(self._loose)
+        self._first_loose = first_loose
         self._text_of_set = np.concatenate([np.arange(len(self._item_of_text)), rank[specific]])
         self._sets_of_text = np.bincount(self._text_of_set, minlength=len(self._item_of_text))
         sizes = np.bincount(sets, minlength=len(self._text_of_set))
         self._needed = np.ceil(sizes * MIN_SHARE).astype(np.int64)
+        self._needed[first_loose : len(self._item_of_text)] = 1
         order = np.argsort(flat)
         flat, sets = flat[order], sets[order]
         fresh = np.ones(len(flat), dtype=bool)
@@ -230,10 +343,10 @@ class ExamIndex:
         """Return `touched_by` of every document; many short documents at once are far faster than one by one."""
         return touched_by_all((self,), texts)[0]
 
-    def _touched(self, documents: np.ndarray, hashes: np.ndarray) -> Iterator[tuple[int, int]]:
+    def _touched(self, documents: np.ndarray, hashes: np.ndarray, texts: Sequence[str]) -> Iterator[tuple[int, int]]:
         """Return (document, position of an item) where enough distinct grams of each set of a text were found.
 
-        `hashes` are grams that may stand in the index, sorted; `documents` are the numbers of theirs.
+        `hashes` are grams that may stand in the index, sorted; `documents` are the numbers of theirs in `texts`.
         """
         if not len(self._hashes):
             return
@@ -247,16 +360,23 @@ class ExamIndex:
         sets = self._sets[np.repeat(starts, lengths) + offsets]
         documents, sets, counts = _distinct(np.repeat(documents, lengths), sets, len(self._needed))
         enough = counts >= self._needed[sets]
-        documents, texts = documents[enough], self._text_of_set[sets[enough]]
-        documents, texts, complete = _distinct(documents, texts, len(self._sets_of_text))
-        whole = complete == self._sets_of_text[texts]
-        for document, text in zip(documents[whole].tolist(), texts[whole].tolist(), strict=True):
-            yield document, self._item_of_text[text]
+        documents, numbers = documents[enough], self._text_of_set[sets[enough]]
+        documents, numbers, complete = _distinct(documents, numbers, len(self._sets_of_text))
+        whole = complete == self._sets_of_text[numbers]
+        looked, folded = -1, ""
+        for document, number in zip(documents[whole].tolist(), numbers[whole].tolist(), strict=True):
+            position = self._item_of_text[number]
+            if number >= self._first_loose:
+                if document != looked:
+                    looked, folded = document, fold(texts[document])
+                if not self._loose[position].stands_in(folded):
+                    continue
+            yield document, position
 
     def _short_in(self, folded: np.ndarray) -> Iterator[tuple[int, int]]:
         """Return (document, position of an item) where an item too short for a gram stands as a whole."""
         for document, text in enumerate(_decoded(folded)) if self._short else ():
-            yield from ((document, position) for short, position in self._short if short in text)
+            yield from ((document, position) for short, position in self._short if short.stands_in(text))
 
     def same_item(self, item: Mapping[str, Any]) -> str | None:
         """Return the id of the indexed item with the same folded question and set of folded options, or None."""
@@ -286,8 +406,9 @@ def touched_by_all(indexes: Sequence[ExamIndex], texts: Sequence[str]) -> list[l
         first += len(batch)
     # In order, because neighbours in the index are found in the processor's cache.
     order = np.argsort(np.concatenate(hashes))
+    candidates, found_hashes = np.concatenate(documents)[order], np.concatenate(hashes)[order]
     for index, of_index in zip(indexes, found, strict=True):
-        for document, position in index._touched(np.concatenate(documents)[order], np.concatenate(hashes)[order]):
+        for document, position in index._touched(candidates, found_hashes, texts):
             of_index[document].add(position)
     # Two items may share an id; dict.fromkeys keeps the order and drops the repeat.
     return [
@@ -305,7 +426,7 @@ def _distinct(first: np.ndarray, second: np.ndarray, size: int) -> tuple[np.ndar
 def _printed_forms(question: str, options: list[str]) -> list[str]:
     """Return the folded texts of a whole item: options bare, numbered and lettered."""
     forms = [question + "".join(options)]
-    for marks in ("12345", "abcde"):
+    for marks in _LABELS:
         forms.append(question + "".join(mark + option for mark, option in zip(marks, options, strict=False)))
     return list(dict.fromkeys(forms))
 

@@ -107,12 +107,16 @@ class Batch:
 
     continued: how many texts go on with the document of the text before them, in this batch or the one before.
     nulls: how many rows had no text; they are in `texts` as "", so that a filter drops them and counts them.
+    before, after: the pieces in the neighbouring batches that the first text goes on from, and the last one goes on
+    with; None where a document begins or ends.
     """
 
     texts: list[str] = field(default_factory=list)
     rows: list[int] = field(default_factory=list)
     continued: int = 0
     nulls: int = 0
+    before: str | None = None
+    after: str | None = None
 
 
 # Files and tasks ----------------------------------------------------------------------------------------
@@ -158,7 +162,11 @@ def _inventory(folder: Path) -> tuple[list[Path], list[str]]:
         linked = [Path(here, name) for name in folders if Path(here, name).is_symlink()]
         problems += [f"{show(link)}: a link to a folder, which is not followed; link its files" for link in linked]
         shown = [Path(here, name) for name in names if not name.startswith(".")]
-        saved = _saved_shards(Path(here, "state.json")) if "state.json" in names else None
+        try:
+            saved = _saved_shards(Path(here, "state.json")) if "state.json" in names else None
+        except PipelineError as error:
+            problems.append(str(error))
+            saved = None
         if saved is not None:
             gone = sorted(saved - set(names))
             problems += [f"{show(Path(here, name))}: missing, and state.json beside it names it" for name in gone]
@@ -175,7 +183,14 @@ def _saved_shards(state: Path) -> set[str] | None:
     """The shards that a state.json of `save_to_disk` names; None for another file of this name."""
     about = records.read_json(state)
     shards = about.get("_data_files") if isinstance(about, dict) else None
-    return {str(shard["filename"]) for shard in shards} if isinstance(shards, list) else None
+    if not isinstance(shards, list):
+        return None
+    names = [shard.get("filename") if isinstance(shard, dict) else None for shard in shards]
+    if not all(isinstance(name, str) for name in names):
+        raise PipelineError(
+            f'{show(state)}: "_data_files" names no files, as those of save_to_disk do; mend or delete it'
+        )
+    return set(names)
 
 
 def tasks_of(folder: Path, task_bytes: int = 96_000_000) -> list[Task]:
@@ -304,8 +319,10 @@ def read(task: Task, batch_characters: int = 4_000_000) -> Iterator[Batch]:
             for piece in _pieces(text or ""):
                 cost = max(len(piece), LEAST_CHARACTERS)
                 if cost > room and batch.texts:
+                    before = batch.texts[-1] if position == last else None
+                    batch.after = None if before is None else piece
                     yield batch
-                    batch, room = Batch(), batch_characters
+                    batch, room = Batch(before=before), batch_characters
                 room -= cost
                 batch.texts.append(piece)
                 batch.rows.append(index * SPAN + position)
@@ -456,6 +473,8 @@ def _arrow_batches(file: Path, mapped: Any) -> Iterator[Any]:
 def _check_schema(file: Path, schema: Any) -> None:
     if TEXT not in schema.names:
         raise PipelineError(f"{show(file)}: {_no_text(schema.names)}")
+    if (number := schema.names.count(TEXT)) > 1:
+        raise PipelineError(f'{show(file)}: {number} columns are called "{TEXT}"; rename all but one')
     type = schema.field(TEXT).type
     if not _is_string(type):
         raise PipelineError(f'{show(file)}: the column "{TEXT}" holds {type}, not strings')

@@ -18,7 +18,17 @@ import numpy as np
 from medgemma_korean import cli, records
 from medgemma_korean.text.documents import place
 from medgemma_korean.text.filters import DROP_REASONS
-from medgemma_korean.text.merge import EXACT, HELD_OUT, NEAR, REASONS, TRAIN, VALIDATION, Decisions, texts_of
+from medgemma_korean.text.merge import (
+    CONTAMINATED,
+    EXACT,
+    HELD_OUT,
+    NEAR,
+    REASONS,
+    TRAIN,
+    VALIDATION,
+    Decisions,
+    texts_of,
+)
 from medgemma_korean.text.shards import EXCERPT, SAMPLES, Job
 
 LEDGER, DROPPED = "ledger.json", "dropped.jsonl"
@@ -40,7 +50,7 @@ EXPLAINED = {
 
 def reasons_of(language: str) -> list[str]:
     """Every reason for which a document of a language may be dropped, in the order of the checks."""
-    return [*DROP_REASONS[language], "contaminated", *REASONS.values()]
+    return list(dict.fromkeys([*DROP_REASONS[language], "contaminated", *REASONS.values()]))
 
 
 def build(jobs: Sequence[Job], decisions: Decisions) -> dict[str, Any]:
@@ -64,6 +74,10 @@ def build(jobs: Sequence[Job], decisions: Decisions) -> dict[str, Any]:
             chosen = state == value
             documents[source][reason] += int(np.count_nonzero(chosen))
             sizes[source][reason] += int(of_shard[chosen].sum())
+    exposed = _texts(jobs, decisions, set(decisions.exposed))
+    for number, items in sorted(decisions.exposed.items()):
+        source, where, _ = exposed[number]
+        contaminated.append({"source": source, "where": where, "items": items})
     sources = {}
     for source, of in documents.items():
         dropped = {r: _pair(of, sizes[source], r) for r in reasons_of(jobs[0].language)}
@@ -126,7 +140,7 @@ def dropped(jobs: Sequence[Job], decisions: Decisions) -> Iterator[dict[str, str
     for reason, rows in sorted(samples.items()):
         for _, source, where, text in rows:
             yield {"reason": reason, "source": source, "where": where, "text": text}
-    for state in (EXACT, NEAR, HELD_OUT):
+    for state in (EXACT, NEAR, HELD_OUT, CONTAMINATED):
         numbers = np.flatnonzero(decisions.state == state)
         # Spread over all documents, not the first of them.
         chosen = numbers[np.linspace(0, len(numbers) - 1, min(PAIRS, len(numbers))).astype(int)].tolist()
@@ -134,7 +148,9 @@ def dropped(jobs: Sequence[Job], decisions: Decisions) -> Iterator[dict[str, str
         for number in chosen:
             source, where, text = texts[number]
             row = {"reason": REASONS[state], "source": source, "where": where, "text": text[:EXCERPT]}
-            if state != HELD_OUT:
+            if state == CONTAMINATED:
+                row["where"] = f"{where}: {', '.join(decisions.exposed[number])}"
+            if state in (EXACT, NEAR):
                 _, kept, kept_text = texts[int(decisions.first[number])]
                 row |= {"kept": kept, "kept_text": kept_text[:EXCERPT]}
             yield row
@@ -157,6 +173,10 @@ def _texts(jobs: Sequence[Job], decisions: Decisions, numbers: set[int]) -> dict
 def examples(folders: Sequence[Path], reason: str, number: int) -> str:
     """Examples of a reason as text to read. Raises PipelineError for a reason that there is none of."""
     rows = [row for f in folders if (f / DROPPED).is_file() for row in records.read_jsonl(f / DROPPED)]
+    if odd := [row for row in rows if not {"reason", "where", "text"} <= row.keys()]:
+        raise cli.PipelineError(
+            f"{DROPPED}: a row without reason, where or text, found {', '.join(odd[0]) or 'nothing'}"
+        )
     reasons = Counter(row["reason"] for row in rows)
     known = list(dict.fromkeys(r for language in DROP_REASONS for r in reasons_of(language)))
     if reason not in known:

@@ -23,12 +23,13 @@ from medgemma_korean.text.clean import normalise_block
 from medgemma_korean.text.filters import MIN_CHARACTERS
 from medgemma_korean.text.shards import Job, held_out_index
 
-TRAIN, VALIDATION, EXACT, NEAR, NOT_SAMPLED, HELD_OUT = range(6)
+TRAIN, VALIDATION, EXACT, NEAR, NOT_SAMPLED, HELD_OUT, CONTAMINATED = range(7)
 REASONS = {
     EXACT: "exact_duplicate",
     NEAR: "near_duplicate",
     NOT_SAMPLED: "not sampled",
     HELD_OUT: "in_validation",  # nothing is left of it without the lines that stand in held-out text
+    CONTAMINATED: "contaminated",  # an exam item stands in it once such lines are gone from between its parts
 }
 # Lines of held-out text are taken out of training text: what a page quotes of another is no duplicate, and yet a model
 # that has seen it scores too well. Shorter lines are headings and phrases of everyone.
@@ -37,15 +38,23 @@ HELD_OUT_LINE = 20
 
 @dataclass
 class Decisions:
-    """state: uint8 [n], one of TRAIN to HELD_OUT. first: int64 [n], the document that a duplicate repeats, or -1.
+    """state: uint8 [n], one of TRAIN to CONTAMINATED. first: int64 [n], the document that a duplicate repeats, or -1.
 
     starts: int64 [shards + 1], the number of each shard's first document. sizes: uint64 [n], UTF-8 bytes.
+    exposed: the exam items of CONTAMINATED documents.
     """
 
     state: np.ndarray
     first: np.ndarray
     starts: np.ndarray
     sizes: np.ndarray
+    exposed: dict[int, list[str]] = field(default_factory=dict)
+
+    def take_out(self, shard: int, emitted: Emitted) -> None:
+        """Drop the documents of a shard that could not be written."""
+        self.of_shard(shard)[emitted.emptied] = HELD_OUT
+        self.of_shard(shard)[list(emitted.exposed)] = CONTAMINATED
+        self.exposed.update({int(self.starts[shard]) + i: items for i, items in emitted.exposed.items()})
 
     def of_shard(self, shard: int) -> np.ndarray:
         return self.state[self.starts[shard] : self.starts[shard + 1]]
@@ -76,7 +85,8 @@ def decide(
 
     scratch: a file for the signatures of all documents that are no exact duplicates; it is mapped, not loaded.
     limit: at most so many documents are kept, drawn with `seed` from all in proportion. share: of the documents, by
-    their own hash, for validation, and at most `most`. tick: called after each of the BANDS steps of the comparison.
+    their own hash, for validation; at most `most` and, where two are kept, at least one. tick: called after each of
+    the BANDS steps of the comparison.
     """
     keys = [job.array("keys.npy") for job in jobs]
     starts = np.cumsum([0, *map(len, keys)])
@@ -109,8 +119,8 @@ def decide(
         kept = kept[chosen]
     # A document's own hash decides, so that other documents change nothing.
     hashed = keys[kept, 0] / 2.0**64
-    held = np.flatnonzero(hashed < share)
-    held = held[np.argsort(hashed[held], kind="stable")][:most]
+    order = np.argsort(hashed, kind="stable")
+    held = order[: min(max(np.count_nonzero(hashed < share), int(len(kept) > 1)), most)]
     state[kept[held]] = VALIDATION
     return Decisions(state, first, starts, sizes)
 
@@ -124,7 +134,7 @@ def _signatures(jobs: Sequence[Job], starts: np.ndarray, state: np.ndarray, scra
             signed = job.array("sig.npy", mapped=True)
             for low in range(0, len(signed), 1 << 16):
                 rows = signed[low : low + (1 << 16)][keep[low : low + (1 << 16)]]
-                rows.tofile(file)
+                file.write(np.ascontiguousarray(rows).data)  # `tofile` does not say why it fails
                 count += len(rows)
     if not count:
         return np.empty((0, dedup.SLOTS), dtype=np.uint32)
@@ -160,12 +170,14 @@ class Emission:
 @dataclass
 class Emitted:
     """What was written: exam items found in it, held-out lines taken out of the training text, how many bytes shorter
-    that is for it, and the documents, by position in the shard, of which too little was left to be written."""
+    that is for it; and the documents that were not, by position in the shard: those of which too little was left, and
+    those in which what was left is an exam item."""
 
     left: list[str] = field(default_factory=list)
     lines: int = 0
     bytes: int = 0
     emptied: list[int] = field(default_factory=list)
+    exposed: dict[int, list[str]] = field(default_factory=dict)
 
 
 def emit(emission: Emission) -> Emitted:
@@ -180,19 +192,26 @@ def emit(emission: Emission) -> Emitted:
             texts = table.column("text").to_pylist()
             states = emission.state[start : start + len(texts)]
             for state, file in files.items():
-                chosen = []
+                chosen = {}
+                shorter: dict[int, int] = {}  # lines taken out
                 for i in np.flatnonzero(states == state).tolist():
                     text = texts[i]
                     if state == TRAIN and not held_out.isdisjoint(lines := text.split("\n")):
-                        done.lines += sum(line in held_out for line in lines)
+                        shorter[i] = sum(line in held_out for line in lines)
                         text = normalise_block("\n".join(line for line in lines if line not in held_out))
                         if len(text) < MIN_CHARACTERS:
                             done.emptied.append(start + i)
                             continue
-                        done.bytes += len(texts[i].encode()) - len(text.encode())
-                    chosen.append(text)
-                done.left += [item for items in held_out_index().touched_by_each(chosen) for item in items]
-                rows = (records.dump({"text": text, "source": emission.job.task.source}) for text in chosen)
+                    chosen[i] = text
+                for i, items in zip(list(chosen), held_out_index().touched_by_each([*chosen.values()]), strict=True):
+                    if items and i in shorter:
+                        done.exposed[start + i] = items
+                        del chosen[i], shorter[i]
+                    else:
+                        done.left += items
+                done.lines += sum(shorter.values())
+                done.bytes += sum(len(texts[i].encode()) - len(chosen[i].encode()) for i in shorter if i in chosen)
+                rows = (records.dump({"text": text, "source": emission.job.task.source}) for text in chosen.values())
                 file.write("".join(row + "\n" for row in rows).encode())
     return done
 
@@ -212,8 +231,12 @@ def _tables(job: Job, columns: list[str], positions: Sequence[int] | None = None
     """(position of the first row, table) of the row groups of a shard, or only of those with some positions."""
     import pyarrow.parquet
 
-    start = 0
+    start, kept = 0, job.about()["kept"]
     with job.reading("parquet") as path, pyarrow.parquet.ParquetFile(path, page_checksum_verification=True) as file:
+        # The pages have checksums, the index has none.
+        rows = sum(file.metadata.row_group(group).num_rows for group in range(file.num_row_groups))
+        if file.schema_arrow.names != ["row", "text"] or rows != kept:
+            raise ValueError("its index does not match")
         for group in range(file.num_row_groups):
             stop = start + file.metadata.row_group(group).num_rows
             if positions is None or any(start <= position < stop for position in positions):

@@ -16,6 +16,8 @@ MAX_DEPTH = 256
 MAX_TARGET = 300
 # A macro is short and on one line; longer text in brackets is prose that happens to start like one.
 MAX_MACRO = 300
+# Enough of a bracket to tell its name, of at most 15 characters.
+MAX_NAME = 16
 
 # "{{{" is listed before "{{" so that the longest delimiter wins.
 _NAMU_DELIMITER = re.compile(r"(\{\{\{|\}\}\}|\[\[|\]\]|\{\{|\}\})")
@@ -43,11 +45,12 @@ _BRACE_HEADER = re.compile(
 
 _COMMENT_LINE = re.compile(r"##(?<![^\n]##)[^\n]*\n?")
 _BRACKET = re.compile(r"(\[|\]|\n[ \t]*\n)")
-_EMPTY_MACRO = re.compile(
-    r"(?:목차|tableofcontents|각주|footnote|clearfix|date|datetime|pagecount)(?:\([^\n]*\))?"
-    r"|(?:include|youtube|kakaotv|tvpot|nicovideo|navertv|vimeo|age|dday|anchor)\([^\n]*\)",
-    re.IGNORECASE,
-)
+_ALONE = "목차|tableofcontents|각주|footnote|clearfix|date|datetime|pagecount"
+_CALLED = "include|youtube|kakaotv|tvpot|nicovideo|navertv|vimeo|age|dday|anchor"
+_EMPTY_MACRO = re.compile(rf"(?:{_ALONE})(?:\([^\n]*\))?|(?:{_CALLED})\([^\n]*\)", re.IGNORECASE)
+# Nearly all brackets are prose, which the name after them tells much faster than the expressions.
+_MACRO_NAMES = frozenset(f"{_ALONE}|{_CALLED}|ruby|math|br".split("|"))
+_MARKUP_BRACKET = re.compile(rf"\[(?:\*|(?:{'|'.join(sorted(_MACRO_NAMES))})[\[\](])", re.IGNORECASE)
 # "1992년 11월 15일 ([age(1992-11-15)]세)": an age that only the wiki's server knows.
 _AGE = re.compile(r"[ ]?\((?:만 ?)?\[age\([^\]\n]{0,20}\)\][ ]?세\)")
 _RUBY = re.compile(r"ruby\(([^,\n]*)(?:,[^\n]*)?\)", re.IGNORECASE)
@@ -251,6 +254,8 @@ def _link_text(content: str) -> str:
 
 def _resolve_brackets(text: str) -> str:
     """Resolve NamuMark macros and footnotes, which are `[ ]` spans; other brackets are prose and stay."""
+    if not _MARKUP_BRACKET.search(text):
+        return text
     pieces = _BRACKET.split(text)
     output: list[str] = [pieces[0]]
     opened: list[int] = []
@@ -268,7 +273,10 @@ def _resolve_brackets(text: str) -> str:
             start = opened.pop()
             if output[start] == "[*":
                 del output[start:]
-            elif (shown := _macro_text(output[start + 1 : start + 33])) is not None:
+            elif (
+                output[start + 1][:MAX_NAME].partition("(")[0].lower() in _MACRO_NAMES
+                and (shown := _macro_text(output[start + 1 : start + 33])) is not None
+            ):
                 output[start:] = [shown]
             else:
                 output.append("]")

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import heapq
+import io
 import json
 import os
 import platform
@@ -21,6 +22,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from importlib import metadata
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +31,14 @@ from medgemma_korean.cli import PipelineError
 from medgemma_korean.paths import show
 from medgemma_korean.text.documents import Batch, Task, place, read
 
-FORMAT = 2
+FORMAT = 3
 FILES = ("parquet", "keys.npy", "sig.npy", "json")  # of a shard, in the order in which they are written
+ARRAYS = {"keys.npy": ("uint64", 3), "sig.npy": ("uint32", 128)}  # what is in their rows
 PART = ".part"  # ends the name of a file that is being written
 SAMPLES = 200  # dropped documents a reason that a shard keeps for a person to judge the rule by
 EXCERPT = 400  # characters of each
+# Where a long document was cut, so much of either side is compared with the exams together: longer than any item.
+SEAM = 4_000
 # What decides the content of a shard besides its input.
 CODE = (
     "shards.py",
@@ -69,6 +74,14 @@ class Exams:
         return records.digest_of([list(self.held_out), list(self.train)])
 
 
+def _stamp(file: Path) -> tuple[int, int, int] | None:
+    try:
+        stat = file.stat()
+    except FileNotFoundError:
+        return None
+    return stat.st_size, stat.st_mtime_ns, stat.st_ino
+
+
 @dataclass(frozen=True)
 class Job:
     """A task with what it is refined by. language: "ko" or "en"; rules: of text/clean; exams: digest of the items."""
@@ -80,8 +93,20 @@ class Job:
     folder: Path  # where shards lie
 
     @cached_property
+    def stamps(self) -> tuple[tuple[int, int, int] | None, ...]:
+        """Size, time and inode of the files, as they were when `name` hashed them; a worker's copy keeps them."""
+        return tuple(map(_stamp, self.task.files))
+
+    def check_unchanged(self) -> None:
+        """Raises PipelineError for a file that is not the one that was hashed."""
+        for file, stamp in zip(self.task.files, self.stamps, strict=True):
+            if stamp != _stamp(file):
+                raise PipelineError(f"{show(file)}: changed while it was read; run the same command again")
+
+    @cached_property
     def name(self) -> str:
         """Language, source, and the digest of all that the shard depends on."""
+        assert self.stamps  # before the hashing, so that no change is missed
         parts = [[p.file, p.start, p.stop, records.sha256_once(self.task.folder / p.file)] for p in self.task.parts]
         digest = records.digest_of([self.task.source, parts, self.language, self.rules, self.exams, rules_digest()])
         # A file name has at most 255 bytes, and a folder of AI Hub may have a long one.
@@ -113,7 +138,7 @@ class Job:
         """The record of the shard."""
         with self.reading("json") as path:
             about = json.loads(path.read_text(encoding="utf-8"))
-            if about.pop("digest", None) != records.digest_of(about):
+            if not isinstance(about, dict) or about.pop("digest", None) != records.digest_of(about):
                 raise ValueError("its checksum does not match")
             return about
 
@@ -122,9 +147,19 @@ class Job:
         import numpy as np
         import xxhash
 
-        checksum = self.about()["checksums"][suffix]
+        about = self.about()
+        checksum, shape = about["checksums"][suffix], (about["kept"], ARRAYS[suffix][1])
+        header, dtype = _header(suffix, about["kept"]), np.dtype(ARRAYS[suffix][0])
         with self.reading(suffix) as path:
-            array = np.load(path, mmap_mode="r" if mapped else None)
+            # Compared, not parsed: NumPy evaluates a header as Python, and a damaged one fails in as many ways.
+            with open(path, "rb") as file:
+                if file.read(len(header)) != header:
+                    raise ValueError("its header does not match")
+            if path.stat().st_size != len(header) + shape[0] * shape[1] * dtype.itemsize:
+                raise ValueError("its size does not match")
+            array = np.memmap(path, dtype, "r", len(header), shape)
+            if not mapped:
+                array = np.array(array)
             if xxhash.xxh3_64_hexdigest(array) != checksum:
                 raise ValueError("its checksum does not match")
             return array
@@ -171,11 +206,10 @@ def refine_shard(job: Job, held_out: Any, train_items: Any) -> Path:
     """
     if job.done:
         return job.path("json")
-    import numpy as np
     import pyarrow
     import pyarrow.parquet
 
-    job.folder.mkdir(parents=True, exist_ok=True)
+    records.make_folder(job.folder)
     schema = pyarrow.schema([("row", pyarrow.int64()), ("text", pyarrow.large_string())])
     tally, keys, signed = Tally(), [], []
     options = {"compression": "zstd", "compression_level": 1, "write_page_checksum": True}
@@ -191,9 +225,10 @@ def refine_shard(job: Job, held_out: Any, train_items: Any) -> Path:
             keys.append(batch_keys)
             signed.append(batch_signatures)
             writer.write_table(pyarrow.table([rows, texts], schema=schema))
+        job.check_unchanged()
     checksums = {
-        "keys.npy": _save(job.path("keys.npy"), keys, np.empty((0, 3), dtype=np.uint64)),
-        "sig.npy": _save(job.path("sig.npy"), signed, np.empty((0, 128), dtype=np.uint32)),
+        "keys.npy": _save(job.path("keys.npy"), keys, "keys.npy"),
+        "sig.npy": _save(job.path("sig.npy"), signed, "sig.npy"),
     }
     about = {"source": job.task.source, "language": job.language, "kept": sum(map(len, keys)), "checksums": checksums}
     about = records.read_back(about | tally.as_json())
@@ -215,22 +250,33 @@ def _published(path: Path) -> Iterator[Path]:
 
 
 def remove_rests(folder: Path) -> None:
-    """Delete what killed workers of this machine left half written."""
+    """Delete what killed workers of this machine left half written; those of another run may be at work."""
     for rest in folder.glob(f".*.{platform.node()}.*{PART}"):
-        rest.unlink()
+        if not records.may_be_written(rest):
+            rest.unlink(missing_ok=True)
 
 
-def _save(path: Path, arrays: Sequence[Any], empty: Any) -> str:
+def _header(suffix: str, count: int) -> bytes:
+    """The header of an array of so many rows."""
+    import numpy as np
+
+    name, columns = ARRAYS[suffix]
+    about = {"descr": np.lib.format.dtype_to_descr(np.dtype(name)), "fortran_order": False, "shape": (count, columns)}
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, about)
+    return header.getvalue()
+
+
+def _save(path: Path, arrays: Sequence[Any], suffix: str) -> str:
     """Write rows of several arrays as one `.npy` file, without a copy of them all; returns the rows' xxh3-64."""
     import numpy as np
     import xxhash
 
-    checksum, count = xxhash.xxh3_64(), sum(map(len, arrays))
-    about = {"descr": np.lib.format.dtype_to_descr(empty.dtype), "fortran_order": False}
+    checksum = xxhash.xxh3_64()
     with _published(path) as part, open(part, "wb") as file:
-        np.lib.format.write_array_header_1_0(file, about | {"shape": (count, empty.shape[1])})
+        file.write(_header(suffix, sum(map(len, arrays))))
         for array in arrays:
-            rows = np.ascontiguousarray(array, dtype=empty.dtype)
+            rows = np.ascontiguousarray(array, dtype=ARRAYS[suffix][0])
             file.write(rows.data)
             checksum.update(rows)
     return checksum.hexdigest()
@@ -259,12 +305,12 @@ def _refine_batch(
     tally.documents["read"] += len(batch.texts)
     tally.documents["further_pieces"] += batch.continued
     tally.bytes["read"] += sum(map(_size, batch.texts))
-    rows, texts, sizes = [], [], []
+    rows, texts, sizes, positions = [], [], [], []
     cleaned = clean_batch(batch.texts, job.rules)
     # Arrow leaves the UTF-8 form in each string, so that hashing and writing it need not encode again.
     lengths = pyarrow.compute.binary_length(pyarrow.array(cleaned, pyarrow.large_string())).to_pylist()
     reasons = drop_reasons(cleaned, job.language)
-    for row, text, size, reason in zip(batch.rows, cleaned, lengths, reasons, strict=True):
+    for position, (row, text, size, reason) in enumerate(zip(batch.rows, cleaned, lengths, reasons, strict=True)):
         if reason:
             tally.add(reason, text, size)
             tally.sample(reason, text, place(job.task, row))
@@ -272,9 +318,13 @@ def _refine_batch(
             rows.append(row)
             texts.append(text)
             sizes.append(size)
+            positions.append(position)
     held, train = touched_by_all((held_out, train_items), texts)
-    for items in train:
+    cut = _touched_at_cuts(job, batch, cleaned, (held_out, train_items))
+    for items in (*train, *(train for _, train in cut.values())):
         tally.train_items.update(items)
+    for found, position in zip(held, positions, strict=True):
+        found += [item for item in cut.get(position, ((), ()))[0] if item not in found]
     left = []
     for i, items in enumerate(held):
         if items:
@@ -287,6 +337,35 @@ def _refine_batch(
     tally.documents["passed"] += len(left)
     tally.bytes["passed"] += sum(sizes[i] for i in left)
     return [rows[i] for i in left], [texts[i] for i in left], [sizes[i] for i in left]
+
+
+def _touched_at_cuts(
+    job: Job, batch: Batch, cleaned: Sequence[str], indexes: Sequence[Any]
+) -> dict[int, tuple[list[str], list[str]]]:
+    """{position in the batch: (held-out items, train items)} of items that no piece of a cut document holds by itself.
+
+    Both pieces hold a part of the item, so both are named.
+    """
+    from medgemma_korean.text.clean import clean_batch
+    from medgemma_korean.text.decontaminate import touched_by_all
+
+    if not batch.continued and batch.after is None:
+        return {}
+    around = [text is not None for text in (batch.before, batch.after)]
+    outer = iter(clean_batch([text for text in (batch.before, batch.after) if text is not None], job.rules))
+    pieces = [next(outer) if around[0] else "", *cleaned, next(outer) if around[1] else ""]
+    rows = [batch.rows[0] if around[0] else -1, *batch.rows, batch.rows[-1] if around[1] else -1]
+    seams = [i for i, (row, following) in enumerate(pairwise(rows)) if row == following]
+    sides = [text for i in seams for text in (pieces[i][-SEAM:], pieces[i + 1][:SEAM])]
+    both = [left + right for left, right in zip(sides[::2], sides[1::2], strict=True)]
+    found: dict[int, tuple[list[str], list[str]]] = {}
+    for kind, of_index in enumerate(touched_by_all(indexes, [*both, *sides])):
+        for number, i in enumerate(seams):
+            alone = {item for items in of_index[len(seams) + 2 * number :][:2] for item in items}
+            for position in (i - 1, i):  # `pieces` has one more in front
+                of_piece = found.setdefault(position, ([], []))[kind]
+                of_piece += [item for item in of_index[number] if item not in alone and item not in of_piece]
+    return found
 
 
 def _size(text: str) -> int:
