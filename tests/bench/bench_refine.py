@@ -140,10 +140,11 @@ def parts(data: Path, out: Path) -> dict:
     from medgemma_korean.text.dedup import content_key
     from medgemma_korean.text.documents import read, tasks_of
     from medgemma_korean.text.filters import drop_reasons
+    from medgemma_korean.text.shards import PARQUET
 
     schema, kept = pyarrow.schema([("text", pyarrow.large_string()), ("key", pyarrow.binary(16))]), 0
     for source in sorted((data / "01_raw" / "00_korean").iterdir()):
-        with pyarrow.parquet.ParquetWriter(out / f"{source.name}.parquet", schema) as writer:
+        with pyarrow.parquet.ParquetWriter(out / f"{source.name}.parquet", schema, **PARQUET) as writer:
             for task in tasks_of(source):
                 for batch in read(task):
                     texts = clean_batch(batch.texts, rules_for(source.name))

@@ -77,14 +77,18 @@ _REMOVED = "\x00"
 # The same, where the year of birth or the bracket before it goes too.
 _REMOVED_WITH = "\x01"
 _BEFORE_REMOVED = re.compile(f"(?:[0-9]{{2}}|\\()?{_REMOVED_WITH}")
-_REMOVED_SOURCE = re.compile(f" ?\\((?:출처|참조|참고|링크|관련 ?기사)[ :]{{0,3}}{_REMOVED}[ ]?\\)")
-_REMOVED_BRACKETS = re.compile(f" ?\\( ?{_REMOVED} ?\\)")
+_REMOVED_BRACKETS = re.compile(f"\\((?:(?:출처|참조|참고|링크|관련 ?기사)[ :]{{0,3}}| ?){_REMOVED} ?\\)")
 # "자료는 www.cdc.gov에서 본다" must not become "자료는에서 본다": the particle goes too, unless a bare noun
 # stands before it, as in "경찰 112에".
+_NO_NOUN = "|".join(
+    f"(?<={before}{_REMOVED})"
+    for before in (
+        "^",
+        *(f"{end}{space}" for end in ("[^가-힣 ]", "[은는을를이가에의로와과도만서고며면라]") for space in ("", " ")),
+    )
+)
 _REMOVED_PARTICLE = re.compile(
-    f"(^|(?:[^가-힣 ]|[은는을를이가에의로와과도만서고며면라]) ?){_REMOVED}"
-    "(?:에서|으로|이라는|라는|[을를은는이가의에로와과도만])[은는도만]?(?![가-힣])",
-    re.MULTILINE,
+    f"{_REMOVED}(?:{_NO_NOUN})(?:에서|으로|이라는|라는|[을를은는이가의에로와과도만])[은는도만]?(?![가-힣])"
 )
 _REMOVED_FORMS = (
     f" <{_REMOVED}>",
@@ -322,8 +326,7 @@ def remove_personal(text: str) -> str:
     if _REMOVED_WITH in text:
         text = _BEFORE_REMOVED.sub(_REMOVED, text)
     if text is not given:
-        text = _REMOVED_PARTICLE.sub(rf"\1{_REMOVED}", _REMOVED_SOURCE.sub("", text))
-        text = _REMOVED_BRACKETS.sub("", text)
+        text = _REMOVED_BRACKETS.sub(_REMOVED, _REMOVED_PARTICLE.sub(_REMOVED, text))
         for form in _REMOVED_FORMS:
             text = text.replace(form, "")
     return text

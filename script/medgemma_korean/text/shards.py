@@ -39,6 +39,14 @@ SAMPLES = 200  # dropped documents a reason that a shard keeps for a person to j
 EXCERPT = 400  # characters of each
 # Where a long document was cut, so much of either side is compared with the exams together: longer than any item.
 SEAM = 4_000
+# Texts are all different, so that a dictionary of them only costs time.
+PARQUET = {
+    "compression": "zstd",
+    "compression_level": 1,
+    "write_page_checksum": True,
+    "use_dictionary": False,
+    "write_statistics": False,
+}
 # What decides the content of a shard besides its input.
 CODE = (
     "shards.py",
@@ -212,10 +220,9 @@ def refine_shard(job: Job, held_out: Any, train_items: Any) -> Path:
     records.make_folder(job.folder)
     schema = pyarrow.schema([("row", pyarrow.int64()), ("text", pyarrow.large_string())])
     tally, keys, signed = Tally(), [], []
-    options = {"compression": "zstd", "compression_level": 1, "write_page_checksum": True}
     with (
         _published(job.path("parquet")) as part,
-        pyarrow.parquet.ParquetWriter(part, schema, **options) as writer,
+        pyarrow.parquet.ParquetWriter(part, schema, **PARQUET) as writer,
     ):
         for batch in read(job.task):
             rows, texts, sizes = _refine_batch(job, batch, held_out, train_items, tally)
