@@ -32,6 +32,8 @@ how
   --epochs-00 N, --epochs-01 N, --epochs-02 N
                        passes over the data of a training (default: the model's profile)
   --max-samples N      train on at most N rows in each training
+  --new-tokens N|auto  most new tokens of the tokenizer; 0 keeps the base vocabulary, auto obeys the verdict
+  --min-count N        times the training text must hold a new token
   --device D           cuda:0, cpu, ... (default: cuda:0 where there is one, else cpu)
   --force              redo what differs from its record; old results are kept as .previous
   --allow-regression   go on where a gate fails
@@ -57,7 +59,7 @@ json=()
 run=()                                   # which run: every program takes these
 range=()                                 # for plan.py alone
 force=() regression=() device=() samples=() skip_01=() veterinary=()
-epochs_00=() epochs_01=() epochs_02=()
+epochs_00=() epochs_01=() epochs_02=() tokens=()
 given=("$@")
 
 set_mode() { [[ $mode == run ]] || die "--$mode and $1 exclude each other"; mode=${1#--}; }
@@ -65,7 +67,7 @@ set_mode() { [[ $mode == run ]] || die "--$mode and $1 exclude each other"; mode
 while (($#)); do
   case $1 in --?*=*) set -- "${1%%=*}" "${1#*=}" "${@:2}" ;; esac
   case $1 in
-    --model | --data-dir | --name | --from | --to | --device | --max-samples | --epochs-0[012])
+    --model | --data-dir | --name | --from | --to | --device | --max-samples | --epochs-0[012] | --new-tokens | --min-count)
       [[ $# -ge 2 && $2 != --* ]] || die "$1 needs a value; see --help" ;;
   esac
   case $1 in
@@ -73,6 +75,7 @@ while (($#)); do
     --from | --to) range+=("$1" "$2"); shift ;;
     --device) device=("$1" "$2"); shift ;;
     --max-samples) samples=("$1" "$2"); shift ;;
+    --new-tokens | --min-count) tokens+=("$1" "$2"); shift ;;
     --epochs-00) epochs_00=(--epochs "$2"); range+=("$1" "$2"); shift ;;
     --epochs-01) epochs_01=(--epochs "$2"); range+=("$1" "$2"); shift ;;
     --epochs-02) epochs_02=(--epochs "$2"); range+=("$1" "$2"); shift ;;
@@ -204,7 +207,7 @@ stage download download/download_all.py "${skip_01[@]}"
 stage refine refine/refine_all.py "${skip_01[@]}" "${veterinary[@]}"
 
 # Extend the tokenizer for Korean medicine.
-stage prepare_tokenizer model/prepare_tokenizer.py
+stage prepare_tokenizer model/prepare_tokenizer.py "${tokens[@]}"
 
 # Give the base model the new token rows and the first adapter; score it before and after.
 stage add_lora model/add_lora.py "${device[@]}" "${regression[@]}"

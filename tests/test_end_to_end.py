@@ -109,6 +109,64 @@ def test_old_rows_stayed_and_new_rows_moved(finished):
     old, new = info["base_vocab"], slice(info["base_vocab"], info["vocab"])
     assert (raw[:old] == merged[:old]).all()
     assert ((extended[new] != merged[new]).any(dim=1)).all()
+    # After stage 00 alone: it trains no other row, and says of each new one whether it moved.
+    with safe_open(root / "model" / "00_trained" / "tiny" / "final" / "adapter_model.safetensors", "pt") as file:
+        (name,) = (name for name in file.keys() if "embed_tokens" in name)  # noqa: SIM118 - not a mapping
+        trained = file.get_tensor(name)
+    record = json.loads((root / "model" / "00_trained" / "tiny" / "stage.json").read_text())
+    rows = record["token_rows"]
+    assert trained.shape[0] == rows["new"] == info["new_tokens"]
+    assert int((trained != extended[new]).any(dim=1).sum()) == rows["moved"] == rows["new"]
+    assert rows["never_read"] < 0.2 * rows["new"]
+
+
+def test_right_after_extension_the_model_is_almost_what_it_was(finished):
+    """Mean rows beside those of the library, bits per character and probability on English; the verdict names them."""
+    root, result = finished
+    judged = json.loads((root / "model" / "raw_lora_added" / "tiny" / "verdict.json").read_text())
+    mean, base = judged["rows"]["mean of constituents"], judged["base"]
+    assert mean["korean"] <= 1.35 * base["korean"] and mean["english"] <= 1.03 * base["english"]
+    assert judged["rows"]["library default"]["korean"] != mean["korean"]
+    assert judged["verdict"] in ("extend", "do not extend") and judged["verdict"] in result.stdout
+    assert "library default" in (root / "model" / "report" / "tiny" / "index.html").read_text()
+
+
+def test_the_extended_base_is_plain_transformers_and_sentencepiece(finished, tmp_path):
+    import sentencepiece
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    root, _ = finished
+    base = root / "model" / "raw_lora_added" / "tiny" / "base"
+    refined = root / "data" / "sample" / "02_refined"
+    documents = [
+        json.loads(line)["text"]
+        for file in sorted(refined.glob("00_*/*.jsonl"))
+        if file.stem in ("train", "validation")
+        for line in file.read_text(encoding="utf-8").splitlines()
+    ]
+    documents += [row["definition"] for row in json.loads((refined / "01_medical_dict.json").read_text())]
+    for line in (refined / "02_kor_med_test" / "train.jsonl").read_text(encoding="utf-8").splitlines():
+        documents += [value for value in json.loads(line).values() if isinstance(value, str)]
+    assert len(documents) >= 500
+
+    def load(folder: Path):
+        return AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+
+    def texts(model, tokenizer) -> list[str]:
+        found = []
+        for prompt in ("고혈압은", "환자가 어지럼증을", "The patient", "당뇨병 환자의 혈당"):
+            ids = tokenizer(prompt, return_tensors="pt")
+            found.append(tokenizer.decode(model.generate(**ids, max_new_tokens=24)[0]))
+        return found
+
+    model, tokenizer = load(base)
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    assert texts(*load(tmp_path)) == texts(model, tokenizer)
+    pieces = sentencepiece.SentencePieceProcessor(model_file=str(base / "tokenizer.model"))
+    assert len(pieces) == len(tokenizer)
+    for text in documents:
+        assert pieces.encode(text) == tokenizer(text, add_special_tokens=False)["input_ids"], text[:80]
 
 
 def test_second_run_answers_already_complete(finished):
@@ -220,25 +278,37 @@ def test_changed_setting_is_told_and_force_keeps_the_old(finished, tmp_path):
     assert result.returncode == 0, "train_00 itself is unchanged until add_lora is made anew"
 
 
-def test_base_vocabulary_goes_through_the_same_code(finished, tmp_path):
-    """--new-tokens 0: no new rows anywhere, and the chain still trains."""
+def test_base_vocabulary_goes_through_the_same_code_and_stands_beside_the_extended_one(finished, tmp_path):
+    """--new-tokens 0: no new rows anywhere, and the chain still trains; stage 00 of both on the same text."""
     root, _ = finished
     copy = tmp_path / "copy"
     shutil.copytree(root / "data", copy / "data")
-    shutil.copytree(root / "model" / "raw", copy / "model" / "raw")
+    for kind in ("raw", "tokenizer", "raw_lora_added", "report"):
+        shutil.copytree(root / "model" / kind, copy / "model" / kind)
+    text = ("--max-characters", "9000", "--epochs", "1")
+    base = ("--name", "base")
     for name, *options in (
-        ("model/prepare_tokenizer.py", "--new-tokens", "0"),
-        ("model/add_lora.py",),
-        ("train/train_00_plain_text.py", "--max-steps", "2"),
-        ("model/add_lora.py", "--second"),
-        ("train/train_02_kor_med_test.py", "--max-steps", "2"),
+        ("model/prepare_tokenizer.py", "--new-tokens", "0", *base),
+        ("model/add_lora.py", *base),
+        ("train/train_00_plain_text.py", *text, *base),
+        ("model/add_lora.py", "--second", *base),
+        ("train/train_02_kor_med_test.py", "--max-steps", "2", *base),
+        ("train/train_00_plain_text.py", *text),
     ):
         result = program(copy, name, *options)
         assert result.returncode == 0, (name, result.stdout[-2000:] + result.stderr[-2000:])
-    record = json.loads((copy / "model" / "00_trained" / "tiny" / "stage.json").read_text())
+    record = json.loads((copy / "model" / "00_trained" / "base" / "stage.json").read_text())
     assert record["trainable"]["rows"] == 0 and record["trainable"]["lora"] > 0
-    warnings = json.loads((copy / "model" / "01_another_lora_added" / "tiny" / "stage.json").read_text())["warnings"]
+    warnings = json.loads((copy / "model" / "01_another_lora_added" / "base" / "stage.json").read_text())["warnings"]
     assert any("01_trained was skipped" in warning for warning in warnings)
+
+    result = program(copy, "evaluate/report.py", "--beside", "base")
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
+    table = re.findall(r"^(tiny|base), (before|after) +(\d[\d,]*) +(.*)$", result.stdout, re.MULTILINE)
+    assert [row[:2] for row in table] == [("tiny", "before"), ("tiny", "after"), ("base", "before"), ("base", "after")]
+    assert int(table[0][2].replace(",", "")) > 0 and table[2][2] == "0"
+    assert [row[3].split()[0] for row in table if row[1] == "after"] == ["9,000", "9,000"]
+    assert "base, after" in (copy / "model" / "report" / "tiny" / "index.html").read_text()
 
 
 def test_gate_stops_the_chain(finished, tmp_path):

@@ -225,8 +225,7 @@ def trained_on_english():
     import torch
 
     modeling.set_up_torch(1)
-    scored = modeling.load_text_model(tf.base_folder(), "float32")
-    scored.config.use_cache = False
+    scored = tf.text_model(tf.base_folder()).requires_grad_(True)
     optimizer = torch.optim.AdamW(scored.parameters(), lr=5e-3)
     rows = [torch.tensor([[2, *tokenizers.encode(tf.tokenizer(), text)]]) for text in tf.ENGLISH]
     for ids in rows * 2:

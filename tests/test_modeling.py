@@ -7,7 +7,6 @@ import pytest
 import torch_fixtures as tf
 
 from medgemma_korean import modeling
-from medgemma_korean import tokenizer as tokenizers
 from medgemma_korean.cli import PipelineError
 
 OLD = [2, 300, 301, 302, 400, 450, 500, 9, 10, 11, 320, 333, 444, 555, 666, 600, 601, 602, 603]
@@ -50,10 +49,10 @@ def test_text_checkpoint():
     import torch
     from transformers import Gemma3ForCausalLM
 
-    model = modeling.load_text_model(tf.raw_folder(), "float32")
+    model = tf.text_model(tf.raw_folder())
     plain = Gemma3ForCausalLM.from_pretrained(tf.raw_folder())
     assert torch.equal(tf.logits(model, OLD), tf.logits(plain, OLD))
-    assert modeling.load_text_model(tf.raw_folder(), "bfloat16").dtype == torch.bfloat16
+    assert modeling.load_base(tf.raw_folder(), tf.profile(), "cpu", "bf16").dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("original", [True, False], ids=["gemma's names", "the library's names"])
@@ -63,24 +62,10 @@ def test_multimodal_checkpoint(tmp_path, original):
 
     whole = Gemma3ForConditionalGeneration.from_pretrained(tf.multimodal_folder())
     whole.save_pretrained(tmp_path, save_original_format=original)
-    text = modeling.load_text_model(tmp_path, "float32")
+    text = tf.text_model(tmp_path)
     assert type(text).__name__ == "Gemma3ForCausalLM"
     assert not any("vision" in name for name, _ in text.named_parameters())
     assert torch.equal(tf.logits(text, OLD), tf.logits(whole, OLD))
-
-
-def test_saved_text_model_reloads_with_the_same_logits(tmp_path):
-    """The library would undo the key mapping of a model from a multimodal checkpoint: every tensor missing."""
-    import torch
-    from transformers import Gemma3ForCausalLM
-
-    for source in (tf.raw_folder(), tf.multimodal_folder()):
-        model = modeling.load_text_model(source, "float32")
-        modeling.save_model(model, tmp_path / source.name)
-        again, info = Gemma3ForCausalLM.from_pretrained(tmp_path / source.name, output_loading_info=True)
-        assert not info["missing_keys"] and not info["unexpected_keys"]
-        assert torch.equal(tf.logits(again, OLD), tf.logits(model, OLD))
-        modeling.load_base(tmp_path / source.name, tf.profile(), "cpu", "fp32")
 
 
 def test_missing_weights_are_an_error(tmp_path):
@@ -89,7 +74,7 @@ def test_missing_weights_are_an_error(tmp_path):
     edit_weights(folder, lambda tensors: tensors.pop("model.layers.1.mlp.up_proj.weight"))
     message = "1 weights are missing, first model.layers.1.mlp.up_proj.weight"
     with pytest.raises(PipelineError, match=message):
-        modeling.load_text_model(folder, "float32")
+        tf.text_model(folder)
     for precision in ("fp32", "8bit"):
         with pytest.raises(PipelineError, match=message):
             modeling.load_base(folder, tf.profile(), "cpu", precision)
@@ -100,9 +85,10 @@ def test_a_folder_without_a_model_is_named(tmp_path):
         modeling.load_base(tmp_path, tf.profile(), "cpu")
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(PipelineError, match="cannot read config.json"):
-        modeling.load_text_model(tmp_path, "float32")
-    with pytest.raises(PipelineError, match="multimodal"):
-        modeling.load_base(tf.multimodal_folder(), tf.profile(), "cpu")
+        tf.text_model(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(PipelineError, match="a model of the kind llama, not Gemma 3"):
+        modeling.load_base(tmp_path, tf.profile(), "cpu")
 
 
 def test_eight_bit_is_really_eight_bit_and_spares_the_head():
@@ -144,59 +130,6 @@ def test_devices():
     for wrong, why in (("gpu", "not a device"), ("cuda:99", "CUDA devices"), ("meta", "cuda or cpu")):
         with pytest.raises(PipelineError, match=why):
             modeling.pick_device(wrong)
-
-
-# new rows -----------------------------------------------------------------------------------------------
-
-
-def test_extended_rows():
-    import torch
-
-    base, extended = tf.base_tokenizer(), tf.tokenizer()
-    model = modeling.load_text_model(tf.raw_folder(), "float32")
-    before = model.get_input_embeddings().weight.detach().clone()
-    ids = modeling.extend_rows(model, base, extended)
-    weight = model.get_input_embeddings().weight
-    assert ids == tf.new_ids() == list(range(701, 741)) and weight.shape[0] == 768 == model.config.vocab_size
-    assert torch.equal(weight[:701], before[:701])
-    assert model.get_output_embeddings().weight is weight
-    pieces = tf.extension().pieces
-    for i in ids:
-        text = pieces[i - 701].replace("▁", " ")
-        parts = tokenizers.encode(base, text)
-        assert len(parts) > 1
-        expected = torch.stack([before[p] for p in parts]).mean(dim=0)
-        torch.testing.assert_close(weight[i], expected, msg=text)
-    # The spare rows of the base were never trained.
-    torch.testing.assert_close(weight[741:], before[:701].mean(dim=0).expand(27, -1))
-
-
-def test_a_few_new_tokens_never_shrink_the_matrix(tmp_path):
-    """`resize(len(tokenizer))` would cut the spare rows off."""
-    import torch
-
-    few = tokenizers.Extension([], tf.extension().merges[:2])
-    tokenizers.write_extended(tf.tokenizer_folder(), tmp_path, few)
-    model = modeling.load_text_model(tf.raw_folder(), "float32")
-    before = model.get_input_embeddings().weight.detach().clone()
-    assert before.shape[0] == 704
-    assert modeling.extend_rows(model, tf.base_tokenizer(), tokenizers.load(tmp_path)) == [701, 702]
-    after = model.get_input_embeddings().weight
-    assert after.shape[0] == 704 and model.get_output_embeddings().weight is after
-    assert torch.equal(after[:701], before[:701]) and not torch.equal(after[701:], before[701:])
-
-
-def test_no_new_tokens_work(tmp_path):
-    model = modeling.load_text_model(tf.raw_folder(), "float32")
-    assert modeling.extend_rows(model, tf.base_tokenizer(), tf.base_tokenizer()) == []
-    adapted = modeling.fresh_adapter(model, tf.profile(), second=False, new_ids=[], seed=1)
-    assert modeling.trainable_parameters(adapted)["rows"] == 0
-    before = tf.logits(adapted, OLD)[:, :701]
-    modeling.save_adapter(adapted, tmp_path / "adapter")
-    again = modeling.load_adapter(
-        modeling.load_text_model(tf.raw_folder(), "float32"), tmp_path / "adapter", trainable=True
-    )
-    assert (tf.logits(again, OLD)[:, :701] == before).all()
 
 
 # adapters -----------------------------------------------------------------------------------------------
@@ -246,7 +179,7 @@ def test_training_in_eight_bit_moves_new_rows_and_lora_and_nothing_else():
     import torch
 
     model = tf.trainable_model("8bit")
-    original = torch.clone(modeling.load_text_model(tf.base_folder(), "float32").get_input_embeddings().weight)
+    original = torch.clone(tf.text_model(tf.base_folder()).get_input_embeddings().weight)
     frozen = {n: p.detach().clone() for n, p in model.named_parameters() if not p.requires_grad}
     adapter = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
     losses = steps(model, 4)
@@ -323,41 +256,14 @@ def test_adapter_of_a_base_of_another_shape_is_refused(layers, width):
         modeling.load_adapter(other, tf.adapter_folder(), trainable=True)
 
 
-# merging ------------------------------------------------------------------------------------------------
+# generation ---------------------------------------------------------------------------------------------
 
 
-def test_merge_keeps_logits_and_tie_and_reloads(tmp_path):
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    base = modeling.load_text_model(tf.base_folder(), "float32")
-    before = tf.logits(modeling.load_adapter(base, tf.moved_adapter_folder(), trainable=False), with_new())
-    merged = modeling.merge(tf.base_folder(), tf.moved_adapter_folder(), tf.profile())
-    torch.testing.assert_close(tf.logits(merged, with_new()), before, rtol=1e-4, atol=1e-4)
-    assert merged.get_output_embeddings().weight is merged.get_input_embeddings().weight
-    untouched = modeling.load_text_model(tf.base_folder(), "float32")
-    assert (tf.logits(untouched, with_new()) - before).abs().max() > 0.1  # the adapter does something
-    modeling.save_model(merged, tmp_path)
-    again = AutoModelForCausalLM.from_pretrained(tmp_path)
-    assert torch.equal(tf.logits(again, with_new()), tf.logits(merged, with_new()))
-    assert again.get_output_embeddings().weight is again.get_input_embeddings().weight
-    rows = again.get_input_embeddings().weight
-    assert torch.equal(rows[:701], untouched.get_input_embeddings().weight[:701])
-
-
-def test_a_second_adapter_starts_where_the_merge_ended(tmp_path):
-    import torch
-
-    merged = modeling.merge(tf.base_folder(), tf.moved_adapter_folder(), tf.profile()).eval()
-    before = tf.logits(merged, with_new())
-    second = modeling.fresh_adapter(merged, tf.profile(), second=True, new_ids=[], seed=4)
-    assert torch.equal(tf.logits(second, with_new()), before)
-
-
-def test_generation_defaults_stop_at_the_end_of_a_turn():
-    model = modeling.load_text_model(tf.base_folder(), "float32")
-    assert model.generation_config.eos_token_id == [1, tf.tokenizer().convert_tokens_to_ids("<end_of_turn>")]
-    assert model.generation_config.pad_token_id == 0 and model.generation_config.do_sample is False
+def test_generation_ends_with_the_turn_and_never_takes_a_row_without_a_token():
+    config = tf.text_model(tf.base_folder()).generation_config
+    assert config.eos_token_id == [1, tf.tokenizer().convert_tokens_to_ids("<end_of_turn>")]
+    assert config.pad_token_id == 0 and config.do_sample is False
+    assert config.suppress_tokens == list(range(741, 768))
 
 
 def test_base_info(tmp_path):

@@ -14,7 +14,7 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 
-from medgemma_korean import cli, profiles, records, training
+from medgemma_korean import cli, profiles, records, shapes, training
 from medgemma_korean.cli import PipelineError
 from medgemma_korean.paths import RunPaths
 
@@ -193,8 +193,8 @@ def test_forbidden_batches():
 
 # check_gpu_memory ---------------------------------------------------------------------------------------
 
-SHAPE_4B = memory.SHAPES["google/medgemma-4b-it"]
-SHAPE_27B = memory.SHAPES["google/medgemma-27b-text-it"]
+SHAPE_4B = shapes.SHAPES["google/medgemma-4b-it"]
+SHAPE_27B = shapes.SHAPES["google/medgemma-27b-text-it"]
 
 
 @pytest.mark.parametrize(
@@ -418,20 +418,3 @@ def test_inspect_batches(chain, stage, capsys, monkeypatch):
         monkeypatch.setattr(inspect_batches, "plan_of", spoilt)
         with pytest.raises(PipelineError, match="row 3"):
             inspect_batches.main(argv)
-
-
-@pytest.mark.slow
-def test_multimodal_base_is_scored_as_text_only():
-    import torch
-    import torch_fixtures as tf
-
-    from medgemma_korean import modeling
-
-    folder = tf.multimodal_folder()
-    ids = torch.arange(5, 25).unsqueeze(0)
-    with torch.no_grad():
-        expected = modeling.load_text_model(folder, "float32")(input_ids=ids).logits
-        found = modeling.load_any_base(folder, tf.profile(), "cpu", "fp32")(input_ids=ids).logits
-    assert torch.equal(found, expected)
-    assert modeling.load_any_base(folder, tf.profile(), "cpu", "8bit").is_loaded_in_8bit
-    assert not list(folder.parent.glob(".text-only-*"))

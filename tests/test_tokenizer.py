@@ -6,10 +6,11 @@ import shutil
 import pytest
 import torch_fixtures as tf
 
-from medgemma_korean import records
+from medgemma_korean import bpe, records
 from medgemma_korean import tokenizer as tokenizers
+from medgemma_korean.bpe import HANGUL_PIECE, MAX_SYLLABLES, continue_bpe, count_words
 from medgemma_korean.cli import PipelineError
-from medgemma_korean.tokenizer import HANGUL_PIECE, MAX_SYLLABLES, check_extended, continue_bpe, count_words, encode
+from medgemma_korean.tokenizer import check_extended, encode
 
 MEDICAL = "The patient's HbA1c was 7.2 %; metformin 500 mg b.i.d."
 
@@ -106,15 +107,30 @@ def test_load_names_what_is_missing(tmp_path):
 
 def extend(words, *, known="가나다라마바사▁", limit=100, min_count=1.0, segment=list):
     """continue_bpe over words given as {word: count} or {word: [weighted, real]}."""
-    counts = {word: n if isinstance(n, list) else [n, n] for word, n in words.items()}
-    return continue_bpe(counts, segment, set(known), limit, min_count)
+    weighted = {word: n[0] if isinstance(n, list) else n for word, n in words.items()}
+    real = {word: n[1] if isinstance(n, list) else n for word, n in words.items()}
+    return continue_bpe(weighted, segment, set(known), limit, min_count, real=real)
 
 
-def test_words_are_counted_with_their_space_and_their_weight():
-    words = count_words(["가나 다라, 가나 A형 12가"])
-    assert words == {"가나": [1, 1], "▁다라": [1, 1], "▁가나": [1, 1], "형": [1, 1], "가": [1, 1]}
-    count_words(["가나"], weight=5, into=words)
-    assert words["가나"] == [6, 2]
+def test_words_are_counted_with_their_space():
+    assert count_words(["가나 다라, 가나 A형 12가", "가나"]) == {"가나": 2, "▁다라": 1, "▁가나": 1, "형": 1, "가": 1}
+
+
+def test_lines_are_counted_once_and_composed():
+    seen = set()
+    lines = list(bpe.distinct_lines(["이름:\n가나", " 이름:\n다라", "\u1100\u1161나"], seen))
+    assert lines == ["이름:", "가나", "다라"]  # the third text is 가나 in parts
+    assert list(bpe.distinct_lines(["이름:\n마바"], seen)) == ["마바"]
+
+
+def test_remembered_lines_are_bounded(monkeypatch):
+    monkeypatch.setattr(bpe, "MOST_LINES", 2)
+    assert list(bpe.distinct_lines(["가\n나\n다\n가\n다"])) == ["가", "나", "다", "다"]
+
+
+def test_words_seen_once_are_left_out_of_large_counts():
+    assert bpe.without_rare({"가": 1, "나": 2}, 2) == {"가": 1, "나": 2}
+    assert bpe.without_rare({"가": 1, "나": 2}, 1) == {"나": 2}
 
 
 def test_merges_are_exactly_those_of_bpe():
@@ -228,8 +244,49 @@ def test_equals_brute_force_on_random_words(seed):
         words[word] = [rng.randint(1, 20), rng.randint(1, 6)]
     known = {*"가나다라마▁", *(["가나", "나다라"] if seed % 2 else [])}
     limit, min_count = rng.choice((5, 30, 1000)), rng.choice((1, 4, 9.5))
-    found = continue_bpe(words, segment, known, limit, min_count)
+    weighted, real = ({word: n[i] for word, n in words.items()} for i in (0, 1))
+    found = continue_bpe(weighted, segment, known, limit, min_count, real=real)
     assert (found.syllables, found.merges) == brute_force(words, segment, known, limit, min_count)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_piece_that_nothing_absorbs_is_used_often_enough(seed):
+    """Why nothing is pruned: only parts of longer pieces are used less than a merge needs."""
+    rng = random.Random(seed)
+    words = {"".join(rng.choices("가나다라마바사", k=rng.randint(2, 6))): rng.randint(1, 9) for _ in range(200)}
+    found = extend(words, min_count=12)
+    ranks = {merge: rank for rank, merge in enumerate(found.merges)}
+    used = dict.fromkeys(found.pieces, 0)
+    for word, n in words.items():
+        pieces = list(word)
+        while pairs := [pair for pair in zip(pieces, pieces[1:], strict=False) if pair in ranks]:
+            pair = min(pairs, key=ranks.__getitem__)
+            at = next(i for i in range(len(pieces)) if (pieces[i], pieces[i + 1]) == pair)
+            pieces[at : at + 2] = ["".join(pair)]
+        for piece in pieces:
+            if piece in used:
+                used[piece] += n
+    inner = {part for merge in found.merges for part in merge}
+    assert len(found.merges) > 10
+    assert min(n for piece, n in used.items() if piece not in inner) >= 12
+
+
+def test_a_missing_syllable_may_need_more_than_a_merge():
+    def bytes_of(word):
+        return [f"<0x{b:02X}>" for s in word for b in s.encode()]
+
+    assert continue_bpe({"뷁": 6}, bytes_of, set(), 9, 2).syllables == ["뷁"]
+    assert continue_bpe({"뷁": 6}, bytes_of, set(), 9, 2, syllable_count=7).syllables == []
+
+
+@pytest.mark.parametrize("load", [tf.base_tokenizer, tf.tokenizer])
+def test_words_are_cut_as_whole_texts_are(load):
+    tokenizer = load()
+    words = count_words([*tf.texts(200, seed=2), *tf.random_korean(300, seed=2), "뷁 뮤코쉴드"])
+    segment = tokenizers.segmenter(tokenizer)
+    for word in words:
+        assert segment(word) == tokenizer.convert_ids_to_tokens(encode(tokenizer, word.replace("▁", " ")))
+    assert len(words) > 500
 
 
 # the extended tokenizer ---------------------------------------------------------------------------------
@@ -244,6 +301,33 @@ def test_extended_is_sound():
     assert set(ids) & set(tf.new_ids())
     base = tokenizers.tokens_per_character(tf.base_tokenizer(), tf.KOREAN)
     assert tokenizers.tokens_per_character(tf.tokenizer(), tf.KOREAN) < base
+
+
+def test_every_invariant_holds_of_the_extended():
+    documents = [*tf.texts(300, seed=14), *tf.random_korean(200, seed=15), MEDICAL]
+    assert tokenizers.violations(tf.tokenizer_folder(), tf.extended_folder(), tf.extension(), documents) == []
+
+
+@pytest.mark.parametrize("text", ["<R>", "<R/>", "<reasoning>", "</reasoning>", "<R>고혈압<R/>"])
+def test_tags_stay_ordinary_text(text):
+    tokenizer = tf.tokenizer()
+    ids = encode(tokenizer, text)
+    assert len(ids) > 2 and tokenizer.decode(ids) == text
+    tags = [part for part in ("<R>", "<R/>", "<reasoning>", "</reasoning>") if part in text]
+    assert not {*tags} & {*tokenizer.get_vocab(), *tokenizer.convert_ids_to_tokens(ids)}
+    assert ids == tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def test_copy_keeps_every_byte(tmp_path):
+    (tmp_path / "more").mkdir()
+    tokenizers.copy(tf.extended_folder(), tmp_path / "more")
+    names = {file.name for file in (tmp_path / "more").iterdir()}
+    assert {"tokenizer.json", "tokenizer.model", "tokenizer_config.json", "chat_template.jinja"} <= names
+    for name in names:
+        assert (tmp_path / "more" / name).read_bytes() == (tf.extended_folder() / name).read_bytes()
+    with pytest.raises(PipelineError, match="no tokenizer.json"):
+        tokenizers.copy(tmp_path, tmp_path / "nothing")
+    assert not (tmp_path / "nothing").exists()
 
 
 def test_old_ids_stay_after_save_and_reload(tmp_path):
@@ -266,15 +350,13 @@ def test_text_without_hangul_is_untouched():
 
 
 def test_random_unicode_round_trips():
-    rng, tokenizer = random.Random(7), tf.tokenizer()
-    planes = [(32, 126), (0xA0, 0x24F), (0x370, 0x52F), (0x3041, 0x30FF), (0x4E00, 0x9FFF), (0xAC00, 0xD7A3)]
-    planes += [(0x1100, 0x11FF), (0x1F300, 0x1F6FF), (0x20000, 0x2A6DF), (1, 31)]
-    wrong = []
-    for _ in range(2000):
-        text = "".join(chr(rng.randint(*rng.choice(planes))) for _ in range(rng.randint(1, 24))).replace("▁", "")
-        if tokenizer.decode(encode(tokenizer, text), clean_up_tokenization_spaces=False) != text:
-            wrong.append(text)
-    assert wrong == []
+    tokenizer, made = tf.tokenizer(), tokenizers.random_texts(10_000, seed=7)
+    assert [t for t in made if tokenizer.decode(encode(tokenizer, t), clean_up_tokenization_spaces=False) != t] == []
+    assert made == tokenizers.random_texts(10_000, seed=7) != tokenizers.random_texts(10_000, seed=8)
+    hangul = [any("가" <= c <= "힣" for c in text) for text in made]
+    assert not any(hangul[::3]) and sum(hangul) > 5000
+    assert not any(c == "▁" or "\ud800" <= c <= "\udfff" for text in made for c in text)
+    assert len({ord(c) >> 16 for text in made for c in text}) == 17  # all planes
 
 
 def test_nothing_to_add_leaves_the_same_tokenizer(tmp_path):
@@ -357,3 +439,94 @@ def test_check_reports_a_piece_that_is_never_produced_and_one_that_is_missing(tm
     assert [line for line in wrong if "1 new pieces do not encode to themselves" in line]
     wrong = check_extended(tf.base_tokenizer(), tf.tokenizer(), [*tf.extension().pieces, "뷁뷁"], [])
     assert any("do not encode to themselves" in line and "뷁뷁" in line for line in wrong)
+
+
+def test_check_reports_what_is_wrong_in_the_files(tmp_path):
+    extension = tf.extension()
+
+    def check(change):
+        shutil.rmtree(tmp_path / "broken", ignore_errors=True)
+        broken(tmp_path, change)
+        return tokenizers.check_files(tf.tokenizer_folder(), tmp_path / "broken", extension)
+
+    assert check(lambda vocab, merges: None) == []
+    assert check(lambda vocab, merges: merges.insert(0, merges.pop())) == [
+        "the base's merges are not the first ones",
+        "the new merges are not those that were learned, in their order",
+    ]
+    whole = next(left + right for left, right in extension.merges if left + right != extension.pieces[-1])
+    part = next(merge[0] for merge in extension.merges if "".join(merge) == whole)
+    swapped = check(lambda vocab, merges: vocab.update({part: vocab[whole], whole: vocab[part]}))
+    assert f"the parts of {whole!r} do not exist before it" in swapped
+    merged = tokenizers.Extension([], [("<0xEB>", "<0xB7>")])
+    tokenizers.write_extended(tf.tokenizer_folder(), tmp_path / "bytes", merged)
+    wrong = tokenizers.check_files(tf.tokenizer_folder(), tmp_path / "bytes", merged)
+    assert wrong == ["a byte is merged in '<0xEB><0xB7>'"]
+
+
+def test_check_reports_two_forms_that_differ(tmp_path):
+    from sentencepiece import sentencepiece_model_pb2
+
+    shutil.copytree(tf.extended_folder(), tmp_path / "other")
+    file, both = tmp_path / "other" / "tokenizer.model", (tf.base_tokenizer(), tf.tokenizer())
+    proto = sentencepiece_model_pb2.ModelProto.FromString(file.read_bytes())
+    del proto.pieces[-20:]
+    file.write_bytes(proto.SerializeToString())
+    wrong = tokenizers.check_forms(tf.tokenizer_folder(), tmp_path / "other", list(tf.KOREAN), *both)
+    size = len(tf.tokenizer())
+    assert wrong[0] == f"tokenizer.model has {size - 20} pieces, tokenizer.json {size} ids" and len(wrong) > 1
+    file.unlink()
+    shutil.copytree(tf.tokenizer_folder(), tmp_path / "base")
+    (tmp_path / "base" / "tokenizer.model").unlink()
+    assert tokenizers.check_forms(tmp_path / "base", tmp_path / "other", list(tf.KOREAN), *both) == []
+
+
+def test_a_marker_in_a_document_is_no_fault_of_the_two_forms():
+    text = "모델의 <start_of_turn>과 <bos> 토큰"
+    assert sentencepiece_of(tf.tokenizer_folder()).encode(text) != encode(tf.base_tokenizer(), text)
+    both = tf.base_tokenizer(), tf.tokenizer()
+    assert tokenizers.check_forms(tf.tokenizer_folder(), tf.extended_folder(), [text], *both) == []
+
+
+# input --------------------------------------------------------------------------------------------------
+
+
+def test_a_base_without_merges_or_with_another_model_is_refused(tmp_path):
+    base = tmp_path / "base"
+    shutil.copytree(tf.tokenizer_folder(), base)
+    spec = tf.read(base / "tokenizer.json")
+    for model in ({"type": "WordPiece", "vocab": {"a": 0}}, {"type": "Unigram", "vocab": []}, None):
+        records.write_json(base / "tokenizer.json", spec | {"model": model})
+        with pytest.raises(PipelineError, match="tokenizer.json: holds no BPE merges"):
+            tokenizers.write_extended(base, tmp_path / "extended", tf.extension())
+    records.write_json(base / "tokenizer.json", spec | {"model": spec["model"] | {"merges": []}})
+    with pytest.raises(PipelineError, match="holds no BPE merges"):
+        tokenizers.read_spec(base)
+
+
+def test_a_model_file_of_another_tokenizer_is_refused(tmp_path):
+    base = tmp_path / "base"
+    shutil.copytree(tf.tokenizer_folder(), base)
+    shutil.copyfile(tf.extended_folder() / "tokenizer.model", base / "tokenizer.model")
+    with pytest.raises(PipelineError, match=r"tokenizer.model: 7\d\d pieces, but tokenizer.json beside it has 701 ids"):
+        tokenizers.write_extended(base, tmp_path / "extended", tf.extension())
+
+
+def test_a_list_of_words_is_read_or_refused_at_once(tmp_path):
+    file = tmp_path / "words.txt"
+    file.write_text("고혈압\n▁당뇨병\n\n", encoding="utf-8")
+    assert tokenizers.read_words(file) == ["고혈압", "▁당뇨병"]
+    file.write_text("고혈압\nMRI검사\n<0xEB>혈\n고혈압\n" + "x\n" * 4, encoding="utf-8")
+    with pytest.raises(PipelineError) as error:
+        tokenizers.read_words(file)
+    told = str(error.value)
+    assert "line 2: 'MRI검사' is not a Hangul word" in told and "line 3: '<0xEB>혈' holds a byte piece" in told
+    assert "line 4: '고혈압' stands in line 1 already" in told and told.endswith("and 2 more")
+    file.write_bytes(b"\xb0\xed")
+    with pytest.raises(PipelineError, match="no list of Hangul words"):
+        tokenizers.read_words(file)
+    file.write_text("")
+    with pytest.raises(PipelineError, match="no list of Hangul words"):
+        tokenizers.read_words(file)
+    with pytest.raises(PipelineError, match="no such file"):
+        tokenizers.read_words(tmp_path / "nothing")

@@ -16,7 +16,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from medgemma_korean import modeling
+from medgemma_korean import checkpoints, modeling
 from medgemma_korean import tokenizer as tokenizers
 from medgemma_korean.cli import QUIET_LOGGERS
 from medgemma_korean.paths import RunPaths
@@ -168,25 +168,40 @@ def raw_folder() -> Path:
     return folder
 
 
+def text_model(folder: Path) -> Any:
+    """The unquantised text model of a checkpoint, float32."""
+    return modeling.load_base(folder, profile(), "cpu", "fp32")
+
+
+def parts() -> list[list[int]]:
+    """The base encodings of the new pieces."""
+    return [tokenizers.encode(base_tokenizer(), piece.replace("▁", " ")) for piece in extension().pieces]
+
+
+def make_base(raw: Path, folder: Path) -> Path:
+    """The base to train on, as `add_lora` leaves it: text-only, rows extended, tokenizer beside it."""
+    source = checkpoints.Checkpoint(raw)
+    old = source.tensor(checkpoints.MATRIX)
+    rows = tokenizers.rows_for(len(tokenizer()), at_least=len(old))
+    matrix = checkpoints.grown(old, len(base_tokenizer()), rows, checkpoints.mean_rows(old, parts()))
+    checkpoints.extend(source, folder, "float32", matrix)
+    tokenizers.copy(extended_folder(), folder)
+    modeling.generation_config(tokenizer(), rows).save_pretrained(folder)
+    made_for = tokenizers.fingerprint(folder)
+    modeling.write_base_info(folder, deltas=[], new_ids=new_ids(), tokenizer_sha256=made_for)
+    return folder
+
+
 @cache
 def base_folder() -> Path:
-    """The base to train on, as `add_lora` leaves it: text-only, rows extended, tokenizer beside it."""
-    folder = home() / "base"
-    model = modeling.load_text_model(raw_folder(), "float32")
-    ids = modeling.extend_rows(model, base_tokenizer(), tokenizer())
-    modeling.generation_defaults(model, tokenizer())
-    modeling.save_model(model, folder)
-    tokenizer().save_pretrained(folder)
-    modeling.write_base_info(folder, deltas=[], new_ids=ids, tokenizer_sha256="")
-    return folder
+    return make_base(raw_folder(), home() / "base")
 
 
 @cache
 def adapter_folder() -> Path:
     """A fresh first adapter for the base."""
     folder = home() / "adapter"
-    model = modeling.load_text_model(base_folder(), "float32")
-    modeling.save_adapter(modeling.fresh_adapter(model, profile(), second=False, new_ids=new_ids(), seed=17), folder)
+    checkpoints.fresh_adapter(base_folder(), folder, profile(), second=False, new_ids=new_ids(), seed=17)
     return folder
 
 

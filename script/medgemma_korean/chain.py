@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from medgemma_korean import records
 from medgemma_korean.cli import PipelineError, log
 from medgemma_korean.paths import RunPaths, show
 from medgemma_korean.stage import RECORD_NAME, Input, read_record
@@ -110,6 +111,19 @@ def check_base(folder: Path, record: dict[str, Any], base: Path) -> None:
         raise PipelineError(f"{show(folder)}: its base {show(base)} is gone or incomplete")
     if maker["fingerprint"] != record["base_fingerprint"]:
         raise PipelineError(f"{show(folder)}: its base {show(base)} is another one now; train again with --force")
+
+
+def check_tokenizer(base: Path, adapter: Path | None = None) -> None:
+    """Refuse a base whose tokenizer is not the one its rows were made for, and an adapter of another tokenizer.
+
+    Raises PipelineError. A published base has no such record, and a checkpoint inside a run no tokenizer of its own.
+    """
+    info = base / "base_info.json"
+    has = records.sha256_once(base / "tokenizer.json")
+    if info.is_file() and records.read_json(info)["tokenizer_sha256"] != has:
+        raise PipelineError(f"{show(base)}: its tokenizer.json is not the one that its rows were made for")
+    if adapter and (adapter / "tokenizer.json").is_file() and records.sha256_once(adapter / "tokenizer.json") != has:
+        raise PipelineError(f"{show(adapter)}: was trained with another tokenizer than that of its base {show(base)}")
 
 
 def held_out_inputs(paths: RunPaths) -> list[Input]:

@@ -145,7 +145,8 @@ def loaded(
 
 def _load(candidate: Candidate, profile: ModelProfile, device: str, precision: str) -> tuple[Any, Any]:
     tokenizer = tokenizers.load(candidate.base)
-    model = modeling.load_any_base(candidate.base, profile, device, precision)
+    chain.check_tokenizer(candidate.base, candidate.adapter)
+    model = modeling.load_base(candidate.base, profile, device, precision)
     rows = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > rows:
         raise PipelineError(f"{show(candidate.base)}: {len(tokenizer)} token ids, but {rows} rows")
@@ -287,13 +288,21 @@ def _unwrapped(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
+Piece = tuple[list[int], int]  # ids of a window, and the position of the first token to score
+
+
 def bits_per_character(model: Any, tokenizer: Any, texts: Sequence[str], window: int, batch: int) -> float:
     """Negative log2-likelihood of the texts over their number of characters; comparable across tokenizers.
 
     A text longer than `window` tokens is scored by a sliding window with half a window of context; every token is
     scored once. Each window starts with `<bos>`, which is not counted.
     """
-    pieces: list[tuple[list[int], int]] = []  # (ids of a window, position of the first token to score)
+    nats = sum(_window_losses(model, tokenizer, _windows(tokenizer, texts, window), batch))
+    return nats / math.log(2) / sum(map(len, texts))
+
+
+def _windows(tokenizer: Any, texts: Sequence[str], window: int) -> list[Piece]:
+    pieces: list[Piece] = []
     for text in texts:
         ids = tokenizers.encode(tokenizer, text)
         stride = max(window // 2, 1)
@@ -303,20 +312,19 @@ def bits_per_character(model: Any, tokenizer: Any, texts: Sequence[str], window:
             end = min(len(ids), begin + window - 1)
             pieces.append(([tokenizer.bos_token_id, *ids[begin:end]], 1 + start - begin))
             start = end
-    nats = sum(_window_losses(model, tokenizer, pieces, batch))
-    return nats / math.log(2) / sum(map(len, texts))
+    return pieces
 
 
-def _window_losses(model: Any, tokenizer: Any, pieces: list[tuple[list[int], int]], batch: int) -> list[float]:
-    """Summed negative log-likelihood (nats) of each window's scored part; never builds the logits of a whole batch."""
+def _scored_states(model: Any, tokenizer: Any, pieces: list[Piece], batch: int) -> Iterator[tuple[int, Any, Any]]:
+    """(piece, final hidden states [n, hidden], the tokens [n] that follow them), pieces of a length together.
+
+    Whoever multiplies by the head does so a few states at a time: the logits of a batch may be 10 GB.
+    """
     import torch
-    from torch.nn.functional import cross_entropy
 
     device = next(model.parameters()).device
     base = _unwrapped(model)
-    head = base.get_output_embeddings()
     order = sorted(range(len(pieces)), key=lambda i: (len(pieces[i][0]), i))
-    losses = [0.0] * len(pieces)
     model.eval()
     with torch.inference_mode():
         for start in range(0, len(order), batch):
@@ -331,11 +339,44 @@ def _window_losses(model: Any, tokenizer: Any, pieces: list[tuple[list[int], int
             hidden = base.model(input_ids=ids, attention_mask=mask.to(device), use_cache=False).last_hidden_state
             for row, i in enumerate(chosen):
                 length, first = len(pieces[i][0]), pieces[i][1]
-                states, gold = hidden[row, first - 1 : length - 1], ids[row, first:length]
-                for at in range(0, len(gold), 256):
-                    logits = head(states[at : at + 256]).float()
-                    losses[i] += cross_entropy(logits, gold[at : at + 256], reduction="sum").item()
+                yield i, hidden[row, first - 1 : length - 1], ids[row, first:length]
+
+
+def _logits(model: Any, states: Any) -> Iterator[tuple[int, Any]]:
+    """(position of the first state, logits float32 [at most 256, rows])"""
+    head = _unwrapped(model).get_output_embeddings()
+    for at in range(0, len(states), 256):
+        yield at, head(states[at : at + 256]).float()
+
+
+def _window_losses(model: Any, tokenizer: Any, pieces: list[Piece], batch: int) -> list[float]:
+    """Summed negative log-likelihood (nats) of each window's scored part."""
+    from torch.nn.functional import cross_entropy
+
+    losses = [0.0] * len(pieces)
+    for i, states, gold in _scored_states(model, tokenizer, pieces, batch):
+        for at, logits in _logits(model, states):
+            losses[i] += cross_entropy(logits, gold[at : at + 256], reduction="sum").item()
     return losses
+
+
+def token_mass(model: Any, tokenizer: Any, texts: Sequence[str], ids: Sequence[int], window: int, batch: int) -> float:
+    """The probability that some tokens take together, averaged over all positions of the texts."""
+    total, count = 0.0, 0
+    for _, states, gold in _scored_states(model, tokenizer, _windows(tokenizer, texts, window), batch):
+        for _, logits in _logits(model, states):
+            total += logits.softmax(dim=-1)[:, list(ids)].sum().item()
+        count += len(gold)
+    return total / count
+
+
+def mean_state(model: Any, tokenizer: Any, texts: Sequence[str], window: int, batch: int) -> Any:
+    """The mean final hidden state over all positions of the texts, float32 [hidden] on the CPU."""
+    total, count = 0.0, 0
+    for _, states, gold in _scored_states(model, tokenizer, _windows(tokenizer, texts, window), batch):
+        total = total + states.double().sum(dim=0).cpu()
+        count += len(gold)
+    return (total / count).float()
 
 
 # everything that a run reports of one model -------------------------------------------------------------

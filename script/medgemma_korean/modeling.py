@@ -5,15 +5,14 @@ torch is imported inside functions, so that `--help` stays fast.
 
 from __future__ import annotations
 
-import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from medgemma_korean import records
 from medgemma_korean import tokenizer as tokenizers
 from medgemma_korean.cli import PipelineError, log
-from medgemma_korean.paths import show
 from medgemma_korean.profiles import ModelProfile
 
 if TYPE_CHECKING:
@@ -57,48 +56,53 @@ def pick_device(wanted: str | None) -> str:
 # loading ------------------------------------------------------------------------------------------------
 
 
-def load_text_model(folder: Path, dtype: str) -> Any:
-    """The unquantised text-only `Gemma3ForCausalLM` of a checkpoint, text-only or multimodal.
+# Names of the text model's weights in a multimodal checkpoint: Gemma's own, and the library's.
+_TEXT_OF_MULTIMODAL = {
+    "^language_model.model": "model",
+    "^language_model.lm_head": "lm_head",
+    "^model.language_model": "model",
+}
 
-    Loading a multimodal checkpoint without a key mapping gives random weights and no exception, so missing
-    weights are an error here. Raises PipelineError naming them.
-    """
-    import torch
-    from transformers import AutoConfig, Gemma3ForCausalLM
 
-    config = _config(AutoConfig, folder)
-    mapping = None
-    if hasattr(config, "text_config"):
-        config = config.text_config
-        mapping = {"^language_model.model": "model", "^model.language_model": "model"}
-    model, info = Gemma3ForCausalLM.from_pretrained(
-        folder, config=config, key_mapping=mapping, dtype=getattr(torch, dtype), output_loading_info=True
-    )
-    _require_all_weights(folder, info)
-    return model
+def text_config(folder: Path) -> Any:
+    """The configuration of a checkpoint's text model. Raises PipelineError where there is none or it is not Gemma 3."""
+    from transformers import AutoConfig, Gemma3TextConfig
+
+    if not (Path(folder) / "config.json").is_file():
+        raise PipelineError(f"{folder}: no model there (config.json is missing)")
+    try:
+        config = AutoConfig.from_pretrained(folder)
+    except (ValueError, OSError) as error:
+        raise PipelineError(f"{folder}: cannot read config.json ({str(error).splitlines()[0]})") from None
+    config = getattr(config, "text_config", config)
+    if not isinstance(config, Gemma3TextConfig):
+        raise PipelineError(f"{folder}: a model of the kind {config.model_type}, not Gemma 3")
+    return config
 
 
 def load_base(folder: Path, profile: ModelProfile, device: str, precision: str | None = None) -> Any:
-    """A text-only base as training and scoring use it: frozen, in the profile's precision, no cache.
+    """The text-only model of a checkpoint as training and scoring use it: frozen, in the profile's precision, no cache.
 
-    Raises PipelineError when the folder is no base of ours or weights are missing.
+    Of a multimodal checkpoint the text model: it is scored in the class and precision of every other model of a run.
+    Loading one without a key mapping gives random weights and no exception, so missing weights are an error here.
+    Raises PipelineError naming them, or when the folder is no model.
     """
     import torch
-    from transformers import AutoConfig, Gemma3ForCausalLM
+    from transformers import Gemma3ForCausalLM
 
-    config = _config(AutoConfig, folder)
-    if hasattr(config, "text_config"):
-        raise PipelineError(f"{folder}: a multimodal checkpoint; `add_lora` makes the text-only base to train on")
     precision = precision or profile.precision
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}.get(precision, getattr(torch, profile.dtype))
     model, info = Gemma3ForCausalLM.from_pretrained(
         folder,
+        config=text_config(folder),
+        key_mapping=_TEXT_OF_MULTIMODAL,
         dtype=dtype,
         quantization_config=_quantization(precision, dtype),
         device_map={"": device},
         output_loading_info=True,
     )
-    _require_all_weights(folder, info)
+    foreign = [k for k in info["unexpected_keys"] if "vision_tower" not in k and "multi_modal_projector" not in k]
+    require_weights(folder, info["missing_keys"], foreign)
     # With the default cache a packed row would leak attention between its documents.
     model.config.use_cache = False
     model.requires_grad_(False)
@@ -109,23 +113,6 @@ def load_base(folder: Path, profile: ModelProfile, device: str, precision: str |
             if isinstance(module, bitsandbytes.nn.Linear4bit):
                 module.support_avx512bf16_for_cpu = False  # repacked weights give silently wrong gradients
     return model
-
-
-def load_any_base(folder: Path, profile: ModelProfile, device: str, precision: str | None = None) -> Any:
-    """`load_base` for scoring: of a multimodal checkpoint its text model, by way of a temporary text-only copy.
-
-    A copy, because weights are quantised while they are read, and so the untouched model is scored in the class and
-    precision of every other model of the run.
-    """
-    import tempfile
-
-    from transformers import AutoConfig
-
-    if not hasattr(_config(AutoConfig, folder), "text_config"):
-        return load_base(folder, profile, device, precision)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".text-only-") as plain:
-        save_model(load_text_model(folder, profile.dtype), Path(plain))
-        return load_base(Path(plain), profile, device, precision)
 
 
 def _quantization(precision: str, dtype: torch.dtype) -> Any:
@@ -144,22 +131,13 @@ def _quantization(precision: str, dtype: torch.dtype) -> Any:
     return None
 
 
-def _config(auto_config: Any, folder: Path) -> Any:
-    if not (Path(folder) / "config.json").is_file():
-        raise PipelineError(f"{folder}: no model there (config.json is missing)")
-    try:
-        return auto_config.from_pretrained(folder)
-    except (ValueError, OSError) as error:
-        raise PipelineError(f"{folder}: cannot read config.json ({str(error).splitlines()[0]})") from None
-
-
-def _require_all_weights(folder: Path, info: dict[str, Any]) -> None:
-    missing = sorted(info["missing_keys"])
+def require_weights(folder: Path, missing: Iterable[str], foreign: Iterable[str]) -> None:
+    """Raise PipelineError for weights that a checkpoint lacks; warn of those that the text model does not use."""
+    missing, foreign = sorted(missing), sorted(foreign)
     if missing:
         raise PipelineError(
             f"{folder}: {len(missing)} weights are missing, first {missing[0]}; the model would be random"
         )
-    foreign = [k for k in info["unexpected_keys"] if "vision_tower" not in k and "multi_modal_projector" not in k]
     if foreign:
         log.warning("%s: weights that the text model does not use: %s", folder, ", ".join(foreign[:3]))
 
@@ -173,46 +151,19 @@ def save_model(model: Any, folder: Path) -> None:
     model.save_pretrained(folder, save_original_format=False, safe_serialization=True)
 
 
-def generation_defaults(model: Any, tokenizer: Any) -> None:
-    """Stop at `<eos>` and at `<end_of_turn>`; greedy."""
-    ends = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(tokenizers.END_OF_TURN)]
-    model.generation_config.eos_token_id = ends
-    model.generation_config.pad_token_id = tokenizer.pad_token_id
-    model.generation_config.do_sample = False
-    model.generation_config.top_k = model.generation_config.top_p = None
-
-
-# new rows -----------------------------------------------------------------------------------------------
-
-
-def extend_rows(model: Any, base_tokenizer: Any, tokenizer: Any) -> list[int]:
-    """Resize the tied matrix for the extended tokenizer and initialise every row that the base never trained.
-
-    A new row is the mean, in float32, of the base rows of the piece's base encoding; rows beyond the last id (and
-    the base's own padding rows) get the mean of all trained rows. Old rows stay bit-equal. Returns the new ids.
-    Raises AssertionError when an invariant fails.
+def generation_config(tokenizer: Any, rows: int) -> Any:
+    """How a model of that many rows generates: greedy, up to `<eos>` or `<end_of_turn>`, and never a row that is no
+    token's: such a row is part of the softmax like any other.
     """
-    import torch
+    from transformers import GenerationConfig
 
-    old_ids, ids = len(base_tokenizer), len(tokenizer)
-    before = model.get_input_embeddings().weight.detach().clone()
-    rows = tokenizers.rows_for(ids, at_least=before.shape[0])
-    if rows != before.shape[0]:
-        model.resize_token_embeddings(rows, mean_resizing=False)
-    weight = model.get_input_embeddings().weight
-    pieces = {i: piece for piece, i in tokenizer.get_vocab().items()}
-    with torch.no_grad():
-        average = before[:old_ids].float().mean(dim=0)
-        weight[old_ids:] = average.to(weight.dtype)
-        for i in range(old_ids, ids):
-            parts = tokenizers.encode(base_tokenizer, pieces[i].replace("▁", " "))
-            weight[i] = before[parts].float().mean(dim=0).to(weight.dtype)
-    model.tie_weights()
-    assert torch.equal(model.get_input_embeddings().weight[:old_ids], before[:old_ids]), "old rows changed"
-    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight, "head untied"
-    assert model.config.vocab_size == rows == weight.shape[0] and rows % tokenizers.ROW_MULTIPLE == 0
-    assert torch.isfinite(weight[old_ids:]).all()
-    return list(range(old_ids, ids))
+    return GenerationConfig(
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=[tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(tokenizers.END_OF_TURN)],
+        pad_token_id=tokenizer.pad_token_id,
+        do_sample=False,
+        suppress_tokens=list(range(len(tokenizer), rows)) or None,
+    )
 
 
 # adapters -----------------------------------------------------------------------------------------------
@@ -242,16 +193,19 @@ def fresh_adapter(base: Any, profile: ModelProfile, *, second: bool, new_ids: li
     return _checked(get_peft_model(base, config))
 
 
+def adapter_config(folder: Path) -> dict[str, Any]:
+    """What PEFT wrote of an adapter. Raises PipelineError where there is none."""
+    if not (folder / "adapter_config.json").is_file() or not (folder / "adapter_model.safetensors").is_file():
+        raise PipelineError(f"{folder}: no adapter there (adapter_config.json and adapter_model.safetensors)")
+    return records.read_json(folder / "adapter_config.json")
+
+
 def load_adapter(base: Any, folder: Path, *, trainable: bool) -> Any:
     """An adapter on its base. Raises PipelineError when the base has too few rows or is another one."""
     from peft import PeftModel, get_peft_model_state_dict
     from safetensors import safe_open
 
-    if not (folder / "adapter_config.json").is_file() or not (folder / "adapter_model.safetensors").is_file():
-        raise PipelineError(f"{folder}: no adapter there (adapter_config.json and adapter_model.safetensors)")
-    ids = (json.loads((folder / "adapter_config.json").read_text())["trainable_token_indices"] or {}).get(
-        "embed_tokens"
-    )
+    ids = (adapter_config(folder).get("trainable_token_indices") or {}).get("embed_tokens")
     rows = base.get_input_embeddings().weight.shape[0]
     if ids and max(ids) >= rows:
         raise PipelineError(
@@ -302,27 +256,6 @@ def trainable_parameters(model: Any) -> dict[str, int]:
         if parameter.requires_grad:
             counts["rows" if "trainable_tokens" in name else "lora"] += parameter.numel()
     return counts
-
-
-def merge(base_folder: Path, adapter: Path, profile: ModelProfile) -> Any:
-    """The base with the adapter merged into it, unquantised. Checks the merged logits against the unmerged ones.
-
-    Raises AssertionError when they differ by more than float32 rounding (relative 1e-4; bfloat16 2e-2).
-    """
-    import torch
-
-    peft_model = load_adapter(load_text_model(base_folder, profile.dtype), adapter, trainable=False).eval()
-    ids = torch.arange(5, 5 + 64).unsqueeze(0)
-    with torch.no_grad():
-        before = peft_model(input_ids=ids, use_cache=False).logits.float()
-        merged = peft_model.merge_and_unload()
-        after = merged(input_ids=ids, use_cache=False).logits.float()
-    error = ((after - before).norm() / before.norm()).item()
-    limit = 1e-4 if profile.dtype == "float32" else 2e-2
-    assert error < limit, f"merged logits differ by {error:.2g} (relative), more than {limit}"
-    assert merged.get_output_embeddings().weight is merged.get_input_embeddings().weight, "the merge untied the head"
-    log.info("merged %s; logits differ by %.1e (relative)", show(adapter), error)
-    return merged
 
 
 def write_base_info(folder: Path, **values: Any) -> None:

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import html
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from medgemma_korean import cli, mcq, records
-from medgemma_korean.paths import RunPaths
+from medgemma_korean.cli import PipelineError
+from medgemma_korean.paths import RunPaths, show
 from medgemma_korean.profiles import ModelProfile
 from medgemma_korean.sources import BY_KEY, HAI_DEF
 from medgemma_korean.stage import RECORD_NAME, read_record
@@ -135,6 +137,67 @@ def licences(paths: RunPaths, profile: ModelProfile) -> list[tuple[str, str]]:
     return [(key, BY_KEY[key].licence if key in BY_KEY else "not in the catalogue") for key in found]
 
 
+# the extension -------------------------------------------------------------------------------------------
+
+
+def extension(paths: RunPaths) -> dict[str, Any] | None:
+    """The verdict on the extended tokenizer: the whole one of add_lora, else that of prepare_tokenizer; or None."""
+    for file in (paths.raw_lora_added / "verdict.json", paths.tokenizer / "tokenizer_info.json"):
+        if file.is_file():
+            return records.read_json(file)
+    return None
+
+
+BESIDE = [
+    "stage 00 of",
+    "new tokens",
+    "Korean characters",
+    "steps",
+    "tokens",
+    "bits/char Korean",
+    "medical",
+    "English",
+    "tokens/char Korean",
+    "medical",
+]
+
+
+def beside(runs: Sequence[RunPaths]) -> list[list[str]]:
+    """Stage 00 of several runs, a row each, before and after. Raises PipelineError for a run that lacks one, and for
+    runs that were not trained on the same number of characters: then bits per character compare nothing.
+    """
+    result, characters = [], {}
+    for paths in runs:
+        record = read_record(paths.trained_00 / RECORD_NAME)
+        if record is None:
+            raise PipelineError(f"{show(paths.trained_00)}: stage 00 of {paths.name} is not complete")
+        characters[paths.name] = record["counts"]["korean_characters"]
+        new = records.read_json(paths.tokenizer / "tokenizer_info.json")["new_tokens"]
+        found = evaluations(paths)
+        for name, numbers in (
+            ("extended", ["", "", ""]),
+            ("00", [f"{characters[paths.name]:,}", f"{record['steps']:,}", f"{record['tokens']:,}"]),
+        ):
+            bits, tokens = found[name]["bits_per_character"], found[name]["tokens_per_character"]
+            label = f"{paths.name}, {'before' if name == 'extended' else 'after'}"
+            result.append(
+                [
+                    label,
+                    f"{new:,}",
+                    *numbers,
+                    *(f"{bits[language]:.3f}" for language in ("korean", "medical", "english")),
+                    *(f"{tokens[language]:.3f}" for language in ("korean", "medical")),
+                ]
+            )
+    if len(set(characters.values())) > 1:
+        numbers = ", ".join(f"{name} {number:,}" for name, number in characters.items())
+        raise PipelineError(
+            f"the runs were trained on different numbers of Korean characters ({numbers}); "
+            "train stage 00 of each with the same --max-characters"
+        )
+    return result
+
+
 # model card ---------------------------------------------------------------------------------------------
 
 
@@ -227,10 +290,26 @@ td:first-child,th:first-child{text-align:left}
 """
 
 
-def html_page(paths: RunPaths, profile: ModelProfile) -> str:
+def _verdict_line(line: dict[str, Any]) -> list[str]:
+    return [line["name"], {True: "passed", False: "failed", None: ""}[line["passed"]], line["text"]]
+
+
+ROWS_COLUMNS = ["new rows before training", "bits/char Korean", "medical", "English", "their probability on English"]
+
+
+def rows_table(judged: dict[str, Any]) -> list[list[str]]:
+    """The model right after extension, with its rows and with those the library would have made, beside the base."""
+    languages, base = ("korean", "medical", "english"), judged["base"]
+    lines = [["base model", *(f"{base[language]:.3f}" for language in languages), ""]]
+    for name, seen in judged["rows"].items():
+        values = [f"{seen[n]:.3f} ({seen[n] / base[n] - 1:+.1%})" for n in languages]
+        lines.append([name, *values, f"{seen['english_mass']:.4f}"])
+    return lines
+
+
+def html_page(paths: RunPaths, profile: ModelProfile, runs: Sequence[RunPaths] = ()) -> str:
     """One self-contained page: the chain, gates, samples, data counts, warnings, settings. No network, no script."""
     found, trained = evaluations(paths), trained_parameters(paths)
-    tokenizer_info = paths.tokenizer / "tokenizer_info.json"
     sections = [
         f"<h1>{_e(paths.name)} 학습 보고서 / training report</h1>",
         f"<p>{_e(NOT_A_DEVICE)}</p>",
@@ -244,12 +323,17 @@ def html_page(paths: RunPaths, profile: ModelProfile) -> str:
         "<h2>관문 / gates</h2>",
         _list(gates(paths)),
     ]
-    if tokenizer_info.is_file():
-        info = records.read_json(tokenizer_info)
+    if judged := extension(paths):
+        new = records.read_json(paths.tokenizer / "tokenizer_info.json")["new_tokens"]
         sections += [
             "<h2>토크나이저 / tokenizer</h2>",
-            f"<p>{info['new_tokens']:,} new tokens; verdict: {_e(info['verdict'])} ({_e(info['reason'])})</p>",
+            f"<p>{new:,} new tokens; verdict: <b>{_e(judged['verdict'])}</b> ({_e(judged['reason'])})</p>",
+            _table(["line", "", "what was found"], [_verdict_line(line) for line in judged["lines"]], "answer"),
         ]
+        if judged.get("rows"):
+            sections += [_table(ROWS_COLUMNS, rows_table(judged))]
+    if runs:
+        sections += ["<h2>확장과 비확장 / beside other runs</h2>", _table(BESIDE, beside([paths, *runs]))]
     sections += ["<h2>예시 답변 / sample answers</h2>", _samples(found)]
     sections += ["<h2>데이터 / data</h2>", f"<p>{_e(rationale_line(paths))}</p>", _data(paths)]
     if notes := warnings(paths):

@@ -7,25 +7,41 @@ Korean text longer and cut through words; a union of two vocabularies leaves pie
 
 from __future__ import annotations
 
-import heapq
 import json
+import random
 import re
 import shutil
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from medgemma_korean import records
+from medgemma_korean.bpe import BYTE_PIECE, HANGUL_PIECE, Extension
+from medgemma_korean.bpe import continue_bpe as continue_bpe  # who extends a tokenizer needs no second import
+from medgemma_korean.bpe import count_words as count_words
 from medgemma_korean.cli import PipelineError
 
 IMAGE_TOKEN = "<image_soft_token>"
 START_OF_TURN, END_OF_TURN = "<start_of_turn>", "<end_of_turn>"
-HANGUL_PIECE = re.compile(r"▁?[가-힣]+")
-BYTE_PIECE = re.compile(r"<0x[0-9A-F]{2}>")
-MAX_SYLLABLES = 5  # longer pieces are free of gain and are phrases of one source
+SPECIAL = ("<mask>", START_OF_TURN, END_OF_TURN, "<start_of_image>", "<end_of_image>")  # of a base built here
+FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+)
 ROW_MULTIPLE = 64  # embedding rows; tensor cores like it, and the base checkpoint does so
+RANDOM_TEXTS = 10_000
+CODE = (
+    "def dose(weight_kg: float) -> float:\n    return 15 * weight_kg  # mg\n",
+    "SELECT a.id, COUNT(*) FROM t AS a WHERE x >= 0.5 GROUP BY 1;\n\t-- end",
+    '<div class="x">{"key": [1, 2.5e-3, null]}</div>',
+    "pH 7.35-7.45, PaCO2 35-45 mmHg; HbA1c >= 6.5 %",
+    "𝒳 🙂 \u0000 ½ Ⅱ ℃ μg\t\ttabs\n\n\nlines",
+)
 
 # Gemma's chat template in its text-only form: no system role (its text goes before the first user turn), strict
 # alternation, `<start_of_turn>model\n` as the generation prompt.
@@ -67,7 +83,6 @@ def build_base(folder: Path, texts: Iterable[str], vocab: int) -> None:
     from sentencepiece import sentencepiece_model_pb2
 
     runs = ["\n" * n for n in range(1, 5)] + ["▁" * n for n in range(2, 9)]
-    special = ["<mask>", START_OF_TURN, END_OF_TURN, "<start_of_image>", "<end_of_image>"]
     folder.mkdir(parents=True, exist_ok=True)
     model_file = folder / "tokenizer.model"
     with open(model_file, "wb") as writer:
@@ -83,7 +98,7 @@ def build_base(folder: Path, texts: Iterable[str], vocab: int) -> None:
             remove_extra_whitespaces=False,
             allow_whitespace_only_pieces=True,
             split_digits=True,
-            user_defined_symbols=special + runs,
+            user_defined_symbols=[*SPECIAL, *runs],
             pad_id=0,
             eos_id=1,
             bos_id=2,
@@ -99,7 +114,7 @@ def build_base(folder: Path, texts: Iterable[str], vocab: int) -> None:
     image = proto.pieces.add()
     image.piece, image.score, image.type = IMAGE_TOKEN, 0.0, proto.SentencePiece.USER_DEFINED
     model_file.write_bytes(proto.SerializeToString())
-    _convert(proto, folder, special)
+    convert(proto, folder)
 
 
 def _lines(texts: Iterable[str]) -> Iterable[str]:
@@ -107,8 +122,8 @@ def _lines(texts: Iterable[str]) -> Iterable[str]:
         yield from (line for line in text.splitlines() if line.strip())
 
 
-def _convert(proto: Any, folder: Path, special: list[str]) -> None:
-    """The Hugging Face form of a SentencePiece BPE model, the way transformers converts Gemma's."""
+def convert(proto: Any, folder: Path) -> None:
+    """Write the Hugging Face form of a SentencePiece BPE model, the way transformers converts Gemma's."""
     from transformers import GemmaTokenizer
 
     vocab = {piece.piece: i for i, piece in enumerate(proto.pieces)}
@@ -122,169 +137,14 @@ def _convert(proto: Any, folder: Path, special: list[str]) -> None:
     tokenizer = GemmaTokenizer(
         vocab=vocab,
         merges=[(left, right) for *_, left, right in merges],
-        additional_special_tokens=[t for t in special if t != "<mask>"] + [IMAGE_TOKEN],
+        additional_special_tokens=[t for t in SPECIAL if t != "<mask>"] + [IMAGE_TOKEN],
         add_bos_token=True,  # as Gemma's own file does for text that is tokenised without a chat template
     )
     tokenizer.chat_template = CHAT_TEMPLATE
     tokenizer.save_pretrained(folder)
 
 
-# continued BPE ------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Extension:
-    """What continued BPE learned, in order: whole syllables that the base lacks, then merges."""
-
-    syllables: list[str]
-    merges: list[tuple[str, str]]
-
-    @property
-    def pieces(self) -> list[str]:
-        return self.syllables + [left + right for left, right in self.merges]
-
-
-def count_words(
-    texts: Iterable[str], weight: int = 1, into: dict[str, list[int]] | None = None
-) -> dict[str, list[int]]:
-    """Hangul words `▁?[가-힣]+` of the texts: word -> [weighted count, real count]."""
-    words: dict[str, list[int]] = into if into is not None else {}
-    counts: Counter[str] = Counter()
-    for text in texts:
-        counts.update(HANGUL_PIECE.findall(text.replace(" ", "▁")))
-    for word, n in counts.items():
-        entry = words.setdefault(word, [0, 0])
-        entry[0] += weight * n
-        entry[1] += n
-    return words
-
-
-def continue_bpe(
-    words: Mapping[str, list[int]],
-    segment: Callable[[str], list[str]],
-    known: set[str],
-    limit: int,
-    min_count: float,
-) -> Extension:
-    """Continue a tokenizer's merges over Hangul words.
-
-    words: word -> [weighted count, real count]; merges are ranked by the first and need `min_count` of the second.
-    segment: the base tokenizer's pieces of a word. known: the base vocabulary. limit: most pieces to add.
-    A merge is vetoed when a part is a byte piece, the result is not Hangul, exists already, or has more than five
-    syllables. Ties are broken by the pair's text, so that the result does not depend on the order of the input.
-    Time is linear in the words that hold a merged pair (pair index and lazy heap).
-    """
-    syllables = _missing_syllables(words, known, limit, min_count)
-    extra = set(syllables)
-    symbols: list[list[str]] = []
-    weights: list[tuple[int, int]] = []
-    for word in sorted(words):
-        pieces = _with_syllables(segment(word), word, extra)
-        if len(pieces) > 1:
-            symbols.append(pieces)
-            weights.append((words[word][0], words[word][1]))
-
-    counts: defaultdict[tuple[str, str], int] = defaultdict(int)
-    where: defaultdict[tuple[str, str], set[int]] = defaultdict(set)
-    for index, pieces in enumerate(symbols):
-        for pair in zip(pieces, pieces[1:], strict=False):
-            counts[pair] += weights[index][0]
-            where[pair].add(index)
-    heap = [(-n, pair) for pair, n in counts.items()]
-    heapq.heapify(heap)
-
-    merges: list[tuple[str, str]] = []
-    taken = set(known) | extra
-    while heap and len(syllables) + len(merges) < limit:
-        negative, pair = heapq.heappop(heap)
-        current = counts.get(pair, 0)
-        if current != -negative:
-            if current > 0:
-                heapq.heappush(heap, (-current, pair))
-            continue
-        if _vetoed(pair, taken) or _real_count(pair, where[pair], symbols, weights) < min_count:
-            counts.pop(pair)
-            where.pop(pair)
-            continue
-        joined = pair[0] + pair[1]
-        taken.add(joined)
-        merges.append(pair)
-        touched = set()
-        for index in sorted(where.pop(pair)):
-            before = symbols[index]
-            after = _merge(before, pair, joined)
-            weight = weights[index][0]
-            for old in zip(before, before[1:], strict=False):
-                counts[old] -= weight
-                if old in where:
-                    where[old].discard(index)
-            for new in zip(after, after[1:], strict=False):
-                counts[new] += weight
-                where[new].add(index)
-                touched.add(new)
-            symbols[index] = after
-        counts.pop(pair, None)
-        for new in touched:
-            if counts.get(new, 0) > 0:
-                heapq.heappush(heap, (-counts[new], new))
-    return Extension(syllables, merges)
-
-
-def _missing_syllables(words: Mapping[str, list[int]], known: set[str], limit: int, min_count: float) -> list[str]:
-    seen: Counter[str] = Counter()
-    for word, (_, n) in words.items():
-        for syllable in word.lstrip("▁"):
-            if syllable not in known:
-                seen[syllable] += n
-    return [s for s, n in sorted(seen.items(), key=lambda item: (-item[1], item[0])) if n >= min_count][:limit]
-
-
-def _with_syllables(pieces: list[str], word: str, extra: set[str]) -> list[str]:
-    """The pieces of a word after the byte triples of the added syllables have become one piece each."""
-    if not any(s in extra for s in word):
-        return pieces
-    result, at, i = [], 0, 0
-    while i < len(pieces):
-        if BYTE_PIECE.fullmatch(pieces[i]):
-            if word[at] in extra:
-                result.append(word[at])
-            else:
-                result += pieces[i : i + 3]  # a Hangul syllable is three bytes of UTF-8
-            at, i = at + 1, i + 3
-        else:
-            result.append(pieces[i])
-            at, i = at + len(pieces[i]), i + 1
-    return result
-
-
-def _vetoed(pair: tuple[str, str], taken: set[str]) -> bool:
-    joined = pair[0] + pair[1]
-    return (
-        BYTE_PIECE.fullmatch(pair[0]) is not None
-        or BYTE_PIECE.fullmatch(pair[1]) is not None
-        or HANGUL_PIECE.fullmatch(joined) is None
-        or joined in taken
-        or len(joined.lstrip("▁")) > MAX_SYLLABLES
-    )
-
-
-def _real_count(pair: tuple[str, str], indexes: set[int], symbols: list[list[str]], weights: list) -> int:
-    return sum(weights[i][1] * sum(p == pair for p in zip(symbols[i], symbols[i][1:], strict=False)) for i in indexes)
-
-
-def _merge(pieces: list[str], pair: tuple[str, str], joined: str) -> list[str]:
-    result, i = [], 0
-    while i < len(pieces):
-        if i + 1 < len(pieces) and pieces[i] == pair[0] and pieces[i + 1] == pair[1]:
-            result.append(joined)
-            i += 2
-        else:
-            result.append(pieces[i])
-            i += 1
-    return result
-
-
-# writing and checking -----------------------------------------------------------------------------------
+# writing ------------------------------------------------------------------------------------------------
 
 
 def load(folder: Path) -> Any:
@@ -296,16 +156,36 @@ def load(folder: Path) -> Any:
     return AutoTokenizer.from_pretrained(folder)
 
 
+def read_spec(folder: Path) -> dict[str, Any]:
+    """`tokenizer.json` of a folder. Raises PipelineError unless it holds BPE merges to continue."""
+    spec = records.read_json(folder / "tokenizer.json")
+    model = spec.get("model") if isinstance(spec, dict) else None
+    if not isinstance(model, dict) or model.get("type", "BPE") != "BPE" or not model.get("merges"):
+        raise PipelineError(f"{folder / 'tokenizer.json'}: holds no BPE merges, so that there is nothing to continue")
+    return spec
+
+
+def copy(source: Path, target: Path) -> None:
+    """Copy every tokenizer file of a folder byte for byte.
+
+    transformers 5's `save_pretrained` drops `tokenizer.model` and writes the JSON anew, so that its hash changes.
+    Raises PipelineError where `source` has no tokenizer.
+    """
+    if not (source / "tokenizer.json").is_file():
+        raise PipelineError(f"{source}: no tokenizer.json there")
+    target.mkdir(parents=True, exist_ok=True)
+    for name in FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
+
+
 def write_extended(base_folder: Path, folder: Path, extension: Extension) -> None:
     """Write the base tokenizer with the extension appended: `tokenizer.json`, and `tokenizer.model` where there is one.
 
-    New ids follow the last old id; new merges follow all old merges.
+    New ids follow the last old id; new merges follow all old merges. Raises PipelineError for a base without merges.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    for name in ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "added_tokens.json"):
-        if (base_folder / name).is_file():
-            shutil.copyfile(base_folder / name, folder / name)
-    spec = json.loads((base_folder / "tokenizer.json").read_text(encoding="utf-8"))
+    spec = read_spec(base_folder)
+    copy(base_folder, folder)
     vocab = spec["model"]["vocab"]
     # Tokens that live only among the added ones (the image token does) would be renumbered to the end of the
     # grown vocabulary at load; inside the vocabulary they keep their ids.
@@ -314,20 +194,22 @@ def write_extended(base_folder: Path, folder: Path, extension: Extension) -> Non
     next_id = max(vocab.values()) + 1
     for offset, piece in enumerate(extension.pieces):
         vocab[piece] = next_id + offset
-    as_list = bool(spec["model"]["merges"]) and isinstance(spec["model"]["merges"][0], list)
+    as_list = isinstance(spec["model"]["merges"][0], list)
     spec["model"]["merges"] += [list(m) if as_list else " ".join(m) for m in extension.merges]
     records.write_text(folder / "tokenizer.json", json.dumps(spec, ensure_ascii=False))
     if (base_folder / "tokenizer.model").is_file():
-        _write_extended_model(base_folder / "tokenizer.model", folder / "tokenizer.model", extension)
+        _write_extended_model(base_folder / "tokenizer.model", folder / "tokenizer.model", extension, next_id)
 
 
-def _write_extended_model(source: Path, target: Path, extension: Extension) -> None:
+def _write_extended_model(source: Path, target: Path, extension: Extension, ids: int) -> None:
     from sentencepiece import sentencepiece_model_pb2
 
     proto = sentencepiece_model_pb2.ModelProto.FromString(source.read_bytes())
     if proto.pieces[-1].piece != IMAGE_TOKEN:  # Gemma's own file ends before the image token's id
         image = proto.pieces.add()
         image.piece, image.score, image.type = IMAGE_TOKEN, 0.0, proto.SentencePiece.USER_DEFINED
+    if len(proto.pieces) != ids:
+        raise PipelineError(f"{source}: {len(proto.pieces):,} pieces, but tokenizer.json beside it has {ids:,} ids")
     lowest = min(piece.score for piece in proto.pieces)
     for k, text in enumerate(extension.pieces):
         piece = proto.pieces.add()
@@ -335,10 +217,37 @@ def _write_extended_model(source: Path, target: Path, extension: Extension) -> N
     target.write_bytes(proto.SerializeToString())
 
 
-def check_extended(base: Any, extended: Any, pieces: list[str], samples: list[str]) -> list[str]:
-    """What is wrong with an extended tokenizer, in words; empty when every invariant holds.
+# checking -----------------------------------------------------------------------------------------------
 
-    samples: texts, some without Hangul; those must encode as before, and all must decode to themselves.
+
+def violations(
+    base_folder: Path, folder: Path, extension: Extension, documents: Sequence[str], base: Any = None
+) -> list[str]:
+    """What is wrong with a written extension, in words; empty when every invariant holds. Runs on every build.
+
+    documents: text to try it on, 500 or more, English among it. Checked are the files, the tokenizer as it loads, and
+    as it loads again after `save_pretrained`; 10,000 random strings; and `tokenizer.model` where there is one.
+    base: the loaded base, where the caller has it.
+    """
+    base, extended = base or load(base_folder), load(folder)
+    samples = [*documents, *CODE, *random_texts(RANDOM_TEXTS, seed=17)]
+    wrong = check_extended(base, extended, extension.pieces, samples)
+    wrong += check_forms(base_folder, folder, documents, base, extended)
+    with tempfile.TemporaryDirectory() as again:
+        extended.save_pretrained(again)
+        reloaded = load(Path(again))
+    for what, read in (("ids", lambda t: t.get_vocab()), ("special tokens", _specials)):
+        if read(reloaded) != read(extended):
+            wrong.append(f"{what} change when it is saved and loaded again")
+    del base, extended, reloaded  # a tokenizer of 262,145 ids takes 250 MB, its JSON as much
+    return wrong + check_files(base_folder, folder, extension)
+
+
+def check_extended(base: Any, extended: Any, pieces: list[str], samples: Sequence[str]) -> list[str]:
+    """What is wrong with an extended tokenizer as it loads.
+
+    samples: texts, some without Hangul. Those must encode as before; all must decode to themselves, unless the base
+    does not do so either.
     """
     wrong = []
     old, new = base.get_vocab(), extended.get_vocab()
@@ -349,24 +258,146 @@ def check_extended(base: Any, extended: Any, pieces: list[str], samples: list[st
         wrong.append("ids are not contiguous")
     if len(extended) != len(base) + len(pieces):
         wrong.append(f"{len(extended)} ids, expected {len(base) + len(pieces)}")
+    if _specials(extended) != _specials(base):
+        wrong.append("special tokens are not those of the base")
     for piece in pieces:
         if not HANGUL_PIECE.fullmatch(piece) or piece in old:
             wrong.append(f"new piece {piece!r} is not new Hangul")
-    unreachable = [p for p in pieces if encode(extended, p.replace("▁", " ")) != [new.get(p)]]
+    if len(set(pieces)) != len(pieces):
+        wrong.append("a new piece stands there twice")
+    found = _encode_all(extended, [p.replace("▁", " ") for p in pieces])
+    unreachable = [p for p, ids in zip(pieces, found, strict=True) if ids != [new.get(p)]]
     if unreachable:
         wrong.append(f"{len(unreachable)} new pieces do not encode to themselves, for instance {unreachable[0]!r}")
-    for text in samples:
-        ids = encode(extended, text)
-        if extended.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False) != text:
+    for text, ids in zip(samples, _encode_all(extended, samples), strict=True):
+        if _decode(extended, ids) != text and _decode(base, encode(base, text)) == text:
             wrong.append(f"does not round-trip: {text[:40]!r}")
-        if not re.search("[가-힣]", text) and ids != encode(base, text):
+    plain = [text for text in samples if not re.search("[가-힣]", text)]
+    for text, before, after in zip(plain, _encode_all(base, plain), _encode_all(extended, plain), strict=True):
+        if before != after:
             wrong.append(f"text without Hangul encodes differently: {text[:40]!r}")
     return wrong
+
+
+def check_files(base_folder: Path, folder: Path, extension: Extension) -> list[str]:
+    """What is wrong in `tokenizer.json`: old merges first, each new one of parts that exist earlier, no bytes."""
+    spec = read_spec(folder)
+    vocab, merges = spec["model"]["vocab"], [_pair(m) for m in spec["model"]["merges"]]
+    old_merges = [_pair(m) for m in read_spec(base_folder)["model"]["merges"]]
+    wrong = []
+    if merges[: len(old_merges)] != old_merges:
+        wrong.append("the base's merges are not the first ones")
+    if merges[len(old_merges) :] != extension.merges:
+        wrong.append("the new merges are not those that were learned, in their order")
+    for left, right in extension.merges:
+        made = vocab.get(left + right, -1)
+        if not all(vocab.get(part, made) < made for part in (left, right)):
+            wrong.append(f"the parts of {left + right!r} do not exist before it")
+        if BYTE_PIECE.fullmatch(left) or BYTE_PIECE.fullmatch(right):
+            wrong.append(f"a byte is merged in {left + right!r}")
+    return wrong
+
+
+def check_forms(base_folder: Path, folder: Path, documents: Sequence[str], base: Any, tokenizer: Any) -> list[str]:
+    """What `tokenizer.model` and `tokenizer.json` disagree on; nothing where the base has no `tokenizer.model`.
+
+    A document that the base's own two files encode differently (a marker of the template written in it) is no fault.
+    """
+    if not (base_folder / "tokenizer.model").is_file():
+        return []
+    import sentencepiece
+
+    model, base_model = (
+        sentencepiece.SentencePieceProcessor(model_file=str(f / "tokenizer.model")) for f in (folder, base_folder)
+    )
+    wrong = []
+    if model.get_piece_size() != len(tokenizer):
+        wrong.append(f"tokenizer.model has {model.get_piece_size():,} pieces, tokenizer.json {len(tokenizer):,} ids")
+    if model.piece_to_id(IMAGE_TOKEN) != tokenizer.convert_tokens_to_ids(IMAGE_TOKEN):
+        wrong.append(f"{IMAGE_TOKEN} has another id in tokenizer.model")
+    for text, ids in zip(documents, _encode_all(tokenizer, documents), strict=True):
+        if model.encode(text) != ids and base_model.encode(text) == encode(base, text):
+            wrong.append(f"tokenizer.model and tokenizer.json differ on {text[:40]!r}")
+    return wrong
+
+
+def random_texts(number: int, seed: int) -> list[str]:
+    """Strings of 1 to 24 characters from all of Unicode, a third of them without Hangul.
+
+    No surrogates, which are no text, and no literal `▁`, which decodes to a space in every tokenizer of this kind.
+    """
+    rng = random.Random(seed)
+    known = [
+        (32, 126),
+        (1, 31),
+        (0xA0, 0x24F),
+        (0x1100, 0x11FF),
+        (0x3041, 0x30FF),
+        (0x4E00, 0x9FFF),
+        (0x1F300, 0x1F6FF),
+    ]
+    everything = [(1, 0xD7FF), (0xE000, 0x10FFFF)]
+    made = []
+    for i in range(number):
+        ranges = [*known, *everything] if i % 3 == 0 else [*known, *everything, *[(0xAC00, 0xD7A3)] * 5, (32, 32)]
+        text = "".join(chr(rng.randint(*rng.choice(ranges))) for _ in range(rng.randint(1, 24))).replace("▁", "")
+        made.append(re.sub("[가-힣]", "x", text) if i % 3 == 0 else text)
+    return made
+
+
+def _specials(tokenizer: Any) -> dict[str, Any]:
+    added = {i: (token.content, token.special) for i, token in sorted(tokenizer.added_tokens_decoder.items())}
+    return {"named": tokenizer.special_tokens_map, "added": added}
+
+
+def _pair(merge: Any) -> tuple[str, str]:
+    left, right = merge.split(" ") if isinstance(merge, str) else merge
+    return left, right
+
+
+def _decode(tokenizer: Any, ids: list[int]) -> str:
+    return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+
+def read_words(file: Path) -> list[str]:
+    """A list of pieces or words, one a line. Raises PipelineError that names every line that is not plain Hangul."""
+    if not file.is_file():
+        raise PipelineError(f"{file}: no such file")
+    words: dict[str, int] = {}
+    wrong = []
+    for number, line in enumerate(file.read_bytes().decode("utf-8", "replace").splitlines(), 1):
+        word = line.strip()
+        if BYTE_PIECE.search(word):
+            wrong.append(f"line {number}: {word[:30]!r} holds a byte piece")
+        elif word and not HANGUL_PIECE.fullmatch(word):
+            wrong.append(f"line {number}: {word[:30]!r} is not a Hangul word")
+        elif word and words.setdefault(word, number) != number:
+            wrong.append(f"line {number}: {word[:30]!r} stands in line {words[word]} already")
+    if wrong or not words:
+        more = f"\n  and {len(wrong) - 5} more" if len(wrong) > 5 else ""
+        raise PipelineError(f"{file}: " + ("\n  ".join(["no list of Hangul words", *wrong[:5]]) + more))
+    return list(words)
+
+
+# measuring ----------------------------------------------------------------------------------------------
 
 
 def encode(tokenizer: Any, text: str) -> list[int]:
     """Ids of a text without special tokens; a "<bos>" or "<pad>" written in the text is text."""
     return tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+
+
+def _encode_all(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
+    """`encode` of many texts at once."""
+    if not texts:
+        return []
+    return tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True)["input_ids"]
+
+
+def segmenter(tokenizer: Any) -> Callable[[str], list[str]]:
+    """A function that gives the pieces of a Hangul word `▁?[가-힣]+`: those of `encode`, six times faster."""
+    model = tokenizer.backend_tokenizer.model
+    return lambda word: [token.value for token in model.tokenize(word)]
 
 
 def tokens_per_character(tokenizer: Any, texts: Iterable[str]) -> float:

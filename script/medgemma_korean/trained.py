@@ -60,6 +60,7 @@ class Context:
     tokenizer: Any
     link: chain.Link
     counts: dict[str, Any]
+    plan: training.Plan | None = None  # what `build` returned
 
     @property
     def seed(self) -> int:
@@ -113,6 +114,7 @@ def run(
         return code
 
     modeling.set_up_torch(args.seed)
+    chain.check_tokenizer(link.base, link.start)
     tokenizer = tokenizers.load(link.base)
     device = modeling.pick_device(args.device)
     first, before = records.read_json(paths.scores("base")), records.read_json(scores_before(paths, link))
@@ -123,7 +125,7 @@ def run(
         )
     with stage.work(resumable=True) as folder:
         context = Context(args, profile, paths, settings, tokenizer, link, {})
-        plan = build(context)
+        context.plan = plan = build(context)
         base = modeling.load_base(link.base, profile, device, precision)
         if len(tokenizer) > base.get_input_embeddings().weight.shape[0]:
             raise PipelineError(f"{show(link.base)}: the tokenizer has more ids than the model has rows")
@@ -142,7 +144,7 @@ def run(
             "samples": _samples(model, tokenizer, paths),
         }
         more = finish(context, folder, outcome) if finish else {}
-        _finish(folder, model, tokenizer, outcome, after, context, program, stage, more)
+        _finish(folder, model, outcome, after, context, program, stage, more)
         try:
             stage.complete(
                 counts=context.counts,
@@ -211,7 +213,7 @@ def _samples(model: Any, tokenizer: Any, paths: RunPaths) -> list[dict[str, str]
     return [{"prompt": p, "answer": evaluation.generate(model, tokenizer, p)} for p in asked]
 
 
-def _finish(folder, model, tokenizer, outcome, after, context: Context, program: str, stage: Stage, more: dict) -> None:
+def _finish(folder, model, outcome, after, context: Context, program: str, stage: Stage, more: dict) -> None:
     """`final/`, `training_info.json`, `evaluation.json` and the model card."""
     final = folder / "final"
     if final.exists():
@@ -220,7 +222,7 @@ def _finish(folder, model, tokenizer, outcome, after, context: Context, program:
     target = stage.outputs[0]
     model.peft_config["default"].base_model_name_or_path = os.path.relpath(context.link.base, target / "final")
     modeling.save_adapter(model, final)
-    tokenizer.save_pretrained(final)
+    tokenizers.copy(context.link.base, final)
     records.write_json(folder / "evaluation.json", after)
     info = {
         "script": program,

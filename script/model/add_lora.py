@@ -1,103 +1,213 @@
 """Make a base to train on and a fresh adapter beside it; with --second, merge what was trained and start anew.
 
 Reads   model/raw/<model>/, model/tokenizer/<name>/                     (--second: model/01_trained/<name>/)
-Writes  model/raw_lora_added/<name>/{base,adapter}/                     (--second: model/01_another_lora_added/...)
+Writes  model/raw_lora_added/<name>/{base,adapter}/, verdict.json       (--second: model/01_another_lora_added/...)
         model/report/<name>/scores/{base,extended}.json                 (--second: merged.json)
 
     python script/model/add_lora.py --model tiny
     python script/model/add_lora.py --model tiny --second
 
-The base is text-only, unquantised, its tied matrix resized and every new row initialised. It is saved first; the
-adapter is trained from there, so that no checkpoint carries the whole matrix.
+The base is text-only, unquantised, its tied matrix grown and every new row initialised. Weights pass through memory a
+file at a time, so that a 27B needs less than 16 GB; only scoring loads a model.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from medgemma_korean import chain, cli, records
-from medgemma_korean.cli import log
+from medgemma_korean.cli import PipelineError, log
 from medgemma_korean.paths import RunPaths, show
 from medgemma_korean.profiles import ModelProfile
 from medgemma_korean.stage import Input, Stage
 
-FORMAT = 1
+FORMAT = 2
 SEED = 17
+CHECKED_TOKENS = 128  # of held-out exam questions, to which a merged and an unmerged model must answer alike
 
 
-def score(folder: Path, tokenizer_folder: Path, which: str, args, profile: ModelProfile, paths: RunPaths) -> dict:
-    """Load a base in the run's precision, score it, and write `model/report/<name>/scores/<which>.json`."""
-    precision = args.precision or profile.precision
+def score(
+    folder: Path,
+    which: str,
+    args: argparse.Namespace,
+    profile: ModelProfile,
+    paths: RunPaths,
+    also: Callable[[Any, Any], Any] | None = None,
+) -> tuple[dict, Any]:
+    """Load a base in the run's precision, score it, and write `model/report/<name>/scores/<which>.json`.
+
+    Returns the scores and what `also(model, tokenizer)` returns, asked while the model is loaded.
+    """
     from medgemma_korean import evaluation, modeling
     from medgemma_korean import tokenizer as tokenizers
 
+    precision = args.precision or profile.precision
     model = modeling.load_base(folder, profile, modeling.pick_device(args.device), precision)
-    tokenizer = tokenizers.load(tokenizer_folder)
+    tokenizer = tokenizers.load(folder)
     result = evaluation.evaluate(model, tokenizer, paths, profile, which=which, precision=precision)
     log.info("%s: %s", which, evaluation.summary(result))
+    more = also(model, tokenizer) if also else None
     records.write_json(paths.scores(which), result)
-    return result
+    return result, more
 
 
-def first(args: argparse.Namespace, profile: ModelProfile, paths: RunPaths, stage: Stage, seed: int) -> None:
+def require_own_tokenizer(paths: RunPaths, base_tokenizer: Any, tokenizer: Any) -> None:
+    """Raise PipelineError when the extended tokenizer was not made from the raw model's."""
+    from medgemma_korean import tokenizer as tokenizers
+
+    again = paths.command("model/prepare_tokenizer", "--force")
+    made_for = records.read_json(paths.tokenizer / "tokenizer_info.json")["hashes"]["base"]
+    old, new = base_tokenizer.get_vocab(), tokenizer.get_vocab()
+    moved = sum(new.get(piece) != i for piece, i in old.items())
+    if made_for != tokenizers.fingerprint(paths.raw_model) or moved:
+        raise PipelineError(
+            f"{show(paths.tokenizer)} does not belong to {show(paths.raw_model)}: it was made from another tokenizer"
+            f"{f', and {moved:,} tokens have other ids' if moved else ''}; run: {again}"
+        )
+
+
+# the first base -----------------------------------------------------------------------------------------
+
+
+def first(args: argparse.Namespace, profile: ModelProfile, paths: RunPaths, stage: Stage) -> None:
     """Extend the raw model's rows and put the first adapter beside it."""
-    from medgemma_korean import evaluation, modeling
+    from medgemma_korean import checkpoints, evaluation
     from medgemma_korean import tokenizer as tokenizers
 
     base_tokenizer, tokenizer = tokenizers.load(paths.raw_model), tokenizers.load(paths.tokenizer)
+    require_own_tokenizer(paths, base_tokenizer, tokenizer)
+    new_ids = list(range(len(base_tokenizer), len(tokenizer)))
+    texts = evaluation.held_out_texts(paths, profile)
+    look = {"window": profile.score_window, "batch": profile.score_batch}
     with stage.work() as folder:
-        model = modeling.load_text_model(paths.raw_model, profile.dtype)
         # The untouched model is scored as text-only too: the same class and precision as everything after it.
-        plain = folder / "plain"
-        modeling.save_model(model, plain)
-        stage.tick(1, 5, "scoring the base")
-        before = score(plain, paths.raw_model, "base", args, profile, paths)
-        new_ids = modeling.extend_rows(model, base_tokenizer, tokenizer)
-        modeling.generation_defaults(model, tokenizer)
-        modeling.save_model(model, folder / "base")
-        tokenizer.save_pretrained(folder / "base")
-        modeling.write_base_info(
-            folder / "base", deltas=[], new_ids=new_ids, tokenizer_sha256=tokenizers.fingerprint(paths.tokenizer)
-        )
-        for file in sorted(plain.iterdir()):
-            file.unlink()
-        plain.rmdir()
-        stage.tick(3, 5, "scoring the extended base")
-        after = score(folder / "base", folder / "base", "extended", args, profile, paths)
-        trainable = save_fresh_adapter(model, folder, profile, second=False, new_ids=new_ids, seed=seed)
+        stage.tick(1, 6, "scoring the base")
+
+        def mean_state(model: Any, tokenizer: Any) -> Any:
+            return evaluation.mean_state(model, tokenizer, texts["english"], **look) if args.shift else None
+
+        before, state = score(paths.raw_model, "base", args, profile, paths, also=mean_state)
+        stage.tick(2, 6, "extending the rows")
+        raw = checkpoints.Checkpoint(paths.raw_model)
+        old = raw.tensor(checkpoints.MATRIX)
+        rows = tokenizers.rows_for(len(tokenizer), at_least=len(old))
+        pieces = tokenizer.convert_ids_to_tokens(new_ids)
+        parts = [tokenizers.encode(base_tokenizer, piece.replace("▁", " ")) for piece in pieces]
+        shift = args.shift * state / state.square().sum() if args.shift else None
+        matrix = checkpoints.grown(old, len(base_tokenizer), rows, checkpoints.mean_rows(old, parts, shift))
+        checkpoints.extend(raw, folder / "base", profile.dtype, matrix)
+        finish_base(folder / "base", paths.tokenizer, [], new_ids, rows)
+        stage.tick(3, 6, "a fresh adapter")
+        trainable = save_fresh_adapter(folder, profile, second=False, new_ids=new_ids, seed=args.seed)
+        stage.tick(4, 6, "scoring the extended base")
+
+        def init_look(model: Any, tokenizer: Any) -> dict[str, dict[str, float]]:
+            return rows_look(model, tokenizer, texts, new_ids, old[: len(base_tokenizer)], args.seed, **look)
+
+        after, rows_seen = score(folder / "base", "extended", args, profile, paths, also=init_look)
+        verdict = judge(paths, before, after, rows_seen, args.shift)
+        records.write_json(folder / "verdict.json", verdict)
+        if new_ids and verdict["verdict"] != "extend":
+            stage.warnings.append(f"verdict on the extension: {verdict['verdict']} ({verdict['reason']})")
         stage.complete(
-            counts={"new_rows": len(new_ids), "rows": model.config.vocab_size, "trainable": trainable},
+            counts={"new_rows": len(new_ids), "rows": rows, "trainable": trainable},
             scores={"base": before["mcq"]["accuracy"], "extended": after["mcq"]["accuracy"]},
             metric=evaluation.summary(after),
         )
 
 
-def second(args: argparse.Namespace, profile: ModelProfile, paths: RunPaths, stage: Stage, link, seed: int) -> None:
-    """Merge the first adapter and its rows, unquantised, and put a fresh adapter on top."""
-    from medgemma_korean import evaluation, modeling
+def finish_base(base: Path, tokenizer_folder: Path, deltas: list[str], new_ids: list[int], rows: int) -> None:
+    """Tokenizer, generation settings and `base_info.json` beside the weights of a base."""
+    from medgemma_korean import modeling
     from medgemma_korean import tokenizer as tokenizers
 
+    tokenizers.copy(tokenizer_folder, base)
+    modeling.generation_config(tokenizers.load(base), rows).save_pretrained(base)
+    modeling.write_base_info(base, deltas=deltas, new_ids=new_ids, tokenizer_sha256=tokenizers.fingerprint(base))
+
+
+def rows_look(
+    model: Any, tokenizer: Any, texts: dict[str, list[str]], new_ids: list[int], old: Any, seed: int, **look: int
+) -> dict[str, dict[str, float]]:
+    """Bits per character, and the probability that new tokens take on English text, with the rows as they are and,
+    for comparison, with those that the library would have put there. The model is left as it was."""
+    import torch
+
+    from medgemma_korean import checkpoints, evaluation
+
+    def seen() -> dict[str, float]:
+        bits = {name: evaluation.bits_per_character(model, tokenizer, texts[name], **look) for name in texts}
+        return bits | {"english_mass": evaluation.token_mass(model, tokenizer, texts["english"], new_ids, **look)}
+
+    if not new_ids:
+        return {}
+    found = {"mean of constituents": seen()}
+    weight = model.get_input_embeddings().weight
+    kept = weight[new_ids].clone()
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        weight[new_ids] = checkpoints.library_rows(old, len(new_ids)).to(weight)
+        found["library default"] = seen()
+        weight[new_ids] = kept
+    return found
+
+
+def judge(paths: RunPaths, before: dict, after: dict, rows_seen: dict[str, dict[str, float]], shift: float) -> dict:
+    """The whole verdict on the extension: the tokenizer's lines and those of the new rows; logged and returned."""
+    from medgemma_korean import report, verdict
+
+    info = records.read_json(paths.tokenizer / "tokenizer_info.json")
+    lines = [verdict.Line(**line) for line in info["lines"]]
+    if rows_seen:
+        mass = rows_seen["mean of constituents"]["english_mass"]
+        english = after["bits_per_character"]["english"] / before["bits_per_character"]["english"] - 1
+        lines = [line for line in lines if line.name != "init gate"] + verdict.init_lines(mass, english, shift)
+    word, reason = verdict.decide(lines) if rows_seen else (info["verdict"], info["reason"])
+    judged = {
+        "verdict": word,
+        "reason": reason,
+        "lines": [vars(line) for line in lines],
+        "base": before["bits_per_character"],
+        "rows": rows_seen,
+        "shift": shift,
+    }
+    log.info("%s", cli.table(report.rows_table(judged), report.ROWS_COLUMNS))
+    log.info("verdict: %s (%s)", word, reason)
+    return judged
+
+
+# the second base ----------------------------------------------------------------------------------------
+
+
+def second(args: argparse.Namespace, profile: ModelProfile, paths: RunPaths, stage: Stage, link: chain.Link) -> None:
+    """Merge the first adapter and its rows, unquantised, and put a fresh adapter on top."""
+    from medgemma_korean import checkpoints, evaluation, modeling
+    from medgemma_korean import tokenizer as tokenizers
+
+    chain.check_tokenizer(link.base, link.adapter)
     with stage.work() as folder:
-        info = modeling.base_info(link.base)
+        info, base = modeling.base_info(link.base), folder / "base"
+        stage.tick(1, 4, "merging")
+        checkpoint = checkpoints.Checkpoint(link.base)
         if link.adapter is None:
             log.info("nothing was trained yet; the fresh adapter goes on the unmerged base")
-            merged, deltas = modeling.load_text_model(link.base, profile.dtype), info["deltas"]
+            deltas = info["deltas"]
+            checkpoints.write(base, checkpoint.config, iter(checkpoint), profile.dtype)
         else:
             assert link.fingerprint not in info["deltas"], "this adapter is in its base already"
-            merged = modeling.merge(link.base, link.adapter, profile)
+            question = evaluation.held_out_texts(paths, profile)["medical"]
+            ids = tokenizers.encode(tokenizers.load(link.base), "\n".join(question))[:CHECKED_TOKENS]
+            checkpoints.merge(link.base, link.adapter, base, profile.dtype, ids)
             deltas = [*info["deltas"], link.fingerprint]
-        tokenizer = tokenizers.load(link.base)
-        modeling.generation_defaults(merged, tokenizer)
-        modeling.save_model(merged, folder / "base")
-        tokenizer.save_pretrained(folder / "base")
-        modeling.write_base_info(
-            folder / "base", deltas=deltas, new_ids=info["new_ids"], tokenizer_sha256=info["tokenizer_sha256"]
-        )
-        trainable = save_fresh_adapter(merged, folder, profile, second=True, new_ids=[], seed=seed)
-        stage.tick(2, 4, "scoring the merged base")
-        after = score(folder / "base", folder / "base", "merged", args, profile, paths)
+        finish_base(base, link.base, deltas, info["new_ids"], checkpoint.config.vocab_size)
+        stage.tick(2, 4, "a fresh adapter")
+        trainable = save_fresh_adapter(folder, profile, second=True, new_ids=[], seed=args.seed)
+        stage.tick(3, 4, "scoring the merged base")
+        after, _ = score(base, "merged", args, profile, paths)
         gate = evaluation.gate(records.read_json(paths.scores("base")), after, profile)
         stage.complete(
             counts={"trainable": trainable, "deltas": len(deltas)},
@@ -107,31 +217,32 @@ def second(args: argparse.Namespace, profile: ModelProfile, paths: RunPaths, sta
         )
 
 
-def save_fresh_adapter(model, folder: Path, profile: ModelProfile, *, second: bool, new_ids: list[int], seed: int):
-    """Put a fresh adapter on an unquantised model and save it; at step 0 it reproduces its base bit for bit."""
-    import torch
+def save_fresh_adapter(
+    folder: Path, profile: ModelProfile, *, second: bool, new_ids: list[int], seed: int
+) -> dict[str, int]:
+    """`adapter/` beside `base/`, with the tokenizer that belongs to both."""
+    from medgemma_korean import checkpoints
+    from medgemma_korean import tokenizer as tokenizers
 
-    from medgemma_korean import modeling
-
-    ids = torch.arange(5, 5 + 32).unsqueeze(0)
-    model.config.use_cache = False
-    model.eval()
-    with torch.no_grad():
-        before = model(input_ids=ids).logits
-        adapted = modeling.fresh_adapter(model, profile, second=second, new_ids=new_ids, seed=seed).eval()
-        assert torch.equal(adapted(input_ids=ids).logits, before), "a fresh adapter changes its base"
-    # The published base, seen from the adapter: not the temporary neighbour that both are made in.
-    adapted.peft_config["default"].base_model_name_or_path = "../base"
-    modeling.save_adapter(adapted, folder / "adapter")
-    trainable = modeling.trainable_parameters(adapted)
-    log.info("fresh adapter: %s LoRA and %s token-row parameters", f"{trainable['lora']:,}", f"{trainable['rows']:,}")
-    return trainable
+    made = checkpoints.fresh_adapter(
+        folder / "base", folder / "adapter", profile, second=second, new_ids=new_ids, seed=seed
+    )
+    tokenizers.copy(folder / "base", folder / "adapter")
+    log.info("fresh adapter: %s LoRA and %s token-row parameters", f"{made['lora']:,}", f"{made['rows']:,}")
+    return made
 
 
 def make_parser() -> argparse.ArgumentParser:
     parser = cli.make_parser(__doc__, device=True)
     parser.add_argument("--second", action="store_true", help="merge what was trained and add the second adapter")
     parser.add_argument("--precision", choices=("8bit", "nf4", "bf16", "fp32"), help="of the scores (default: profile)")
+    parser.add_argument(
+        "--shift",
+        type=float,
+        default=0.0,
+        metavar="S",
+        help="lower the logits of new rows by about S, against their use in English text (default: 0)",
+    )
     parser.add_argument("--seed", type=int, default=SEED, help=f"seed of the adapter's weights (default: {SEED})")
     parser.add_argument("--allow-regression", action="store_true", help="go on where a gate failed")
     return parser
@@ -150,10 +261,13 @@ def main(argv: list[str] | None = None) -> int:
         "seed": args.seed,
     }
     link = None
+    if args.second and args.shift:
+        raise PipelineError("--shift is for new rows, of which --second makes none")
     if args.second:
         link = chain.nearest(paths, "add_lora_second")
         inputs = link.inputs(paths)
     else:
+        settings["shift"] = args.shift
         download = paths.command("download/download_model")
         tokenizer = paths.command("model/prepare_tokenizer")
         inputs = [
@@ -182,9 +296,9 @@ def main(argv: list[str] | None = None) -> int:
     modeling.set_up_torch(args.seed)
     if link:
         log.info("starting from %s", show(link.folder))
-        second(args, profile, paths, stage, link, args.seed)
+        second(args, profile, paths, stage, link)
     else:
-        first(args, profile, paths, stage, args.seed)
+        first(args, profile, paths, stage)
     return 0
 
 

@@ -178,7 +178,7 @@ def main(argv: list[str] | None = None) -> int:
             stage.tick(step, steps, f"loss {loss:.3f}")
 
         loss = pretrain(model, tokenizer, texts, shape, seed, tick)
-        modeling.generation_defaults(model, tokenizer)
+        model.generation_config = modeling.generation_config(tokenizer, model.config.vocab_size)
         modeling.save_model(model.eval(), folder)
         stage.complete(
             counts={"documents": len(texts), "characters": sum(map(len, texts))},

@@ -13,99 +13,30 @@ the message names what would. GB are 10^9 bytes. Every number is a prediction fr
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 
-from medgemma_korean import cli, modeling, profiles, records
-from medgemma_korean import tokenizer as tokenizers
+from medgemma_korean import checkpoints, cli, modeling, profiles
 from medgemma_korean.cli import PipelineError
 from medgemma_korean.paths import RunPaths
 from medgemma_korean.profiles import ModelProfile, StageSettings
+from medgemma_korean.shapes import (
+    BITS,
+    DTYPE_BYTES,
+    Shape,
+    extended_rows,
+    free_ram,
+    lora_parameters,
+    read_shape,
+    weight_bytes,
+)
 
 GB = 1e9
-# Bits a weight of a quantised linear layer. nf4: 4, one 8-bit scale in 64 weights, one fp32 scale in 64 x 256
-# (double quantisation; T. Dettmers et al., QLoRA, 2023, section 3).
-BITS = {"8bit": 8.0, "nf4": 4 + 8 / 64 + 32 / (64 * 256), "bf16": 16.0, "fp32": 32.0}
-DTYPE_BYTES = {"bfloat16": 2, "float32": 4}
 TRAINED_BYTES = 16  # a trained parameter: fp32 value, gradient and the two moments of Adam
 TILE_TOKENS, TILE_ROWS = 4096, 32768  # of the tile in which TRL 1.16 multiplies hidden states by the head
 OVERHEAD = 1.0 * GB  # CUDA context, libraries, fragments of the allocator: usual size, an assumption
 CARDS = (16, 24, 32, 40, 48, 80, 96, 141)  # GB of the cards that are sold
-
-
-@dataclass(frozen=True)
-class Shape:
-    """What the memory of a Gemma 3 text model depends on. rows: embedding rows; ids: token ids of its tokenizer."""
-
-    layers: int
-    hidden: int
-    ffn: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    rows: int
-    ids: int
-
-    @property
-    def linears(self) -> tuple[tuple[int, int], ...]:
-        """(inputs, outputs) of the linear layers of one decoder layer: q, k, v, o, gate, up, down."""
-        q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
-        h, f = self.hidden, self.ffn
-        return ((h, q), (h, kv), (h, kv), (q, h), (h, f), (h, f), (f, h))
-
-
-# For a model that is not downloaded yet; the same values stand in its config.json.
-SHAPES = {
-    "google/medgemma-4b-it": Shape(34, 2560, 10_240, 8, 4, 256, rows=262_208, ids=262_145),
-    "google/medgemma-27b-text-it": Shape(62, 5376, 21_504, 32, 16, 128, rows=262_208, ids=262_145),
-}
-
-
-def read_shape(profile: ModelProfile, paths: RunPaths) -> Shape:
-    """From config.json where the raw model is, else from the profile or the table. Raises PipelineError."""
-    file = paths.raw_model / "config.json"
-    if file.is_file():
-        try:
-            config = records.read_json(file)
-            config = config.get("text_config", config)
-            rows = config.get("vocab_size", 262_208)
-            return Shape(
-                config["num_hidden_layers"], config["hidden_size"], config["intermediate_size"],
-                config.get("num_attention_heads", 8), config.get("num_key_value_heads", 4),
-                config.get("head_dim", 256), rows=rows, ids=rows,
-            )  # fmt: skip
-        except (KeyError, json.JSONDecodeError) as error:
-            raise PipelineError(f"{file}: not the configuration of a Gemma 3 model ({error})") from None
-    if profile.tiny:
-        tiny = profile.tiny
-        return Shape(
-            tiny.layers, tiny.hidden, tiny.intermediate, tiny.heads, tiny.kv_heads, tiny.head_dim,
-            rows=tokenizers.rows_for(tiny.base_vocab), ids=tiny.base_vocab,
-        )  # fmt: skip
-    return SHAPES[profile.source]
-
-
-# parameters ---------------------------------------------------------------------------------------------
-
-
-def linear_parameters(shape: Shape) -> int:
-    """Weights of all linear layers: the sum of inputs x outputs; what quantisation shrinks."""
-    return shape.layers * sum(i * o for i, o in shape.linears)
-
-
-def lora_parameters(shape: Shape, rank: int) -> int:
-    """LoRA on all linear layers: rank x (inputs + outputs) each (E. Hu et al., LoRA, 2021, section 4.2)."""
-    return shape.layers * rank * sum(i + o for i, o in shape.linears)
-
-
-def weight_bytes(shape: Shape, precision: str, dtype: str) -> float:
-    """The frozen base: linear layers in the precision, the tied matrix in the compute type; norms are below 1 MB."""
-    embedding = 4 if precision == "fp32" else 2 if precision == "bf16" else DTYPE_BYTES[dtype]
-    return linear_parameters(shape) * BITS[precision] / 8 + shape.rows * shape.hidden * embedding
 
 
 # memory of a training step ------------------------------------------------------------------------------
@@ -182,10 +113,11 @@ def predict(case: Case) -> dict[str, float]:
     }
 
 
-def unquantised_bytes(shape: Shape, dtype: str) -> float:
-    """Main memory of add_lora and of merges: all weights in the compute type, and the matrix once more."""
-    element = DTYPE_BYTES[dtype]
-    return (linear_parameters(shape) + 2 * shape.rows * shape.hidden) * element
+def streaming_bytes(shape: Shape, dtype: str) -> float:
+    """Main memory of add_lora and of merges, which pass a checkpoint through a file at a time: two copies of a file
+    that is written, and the matrix before, after, and as it is written.
+    """
+    return 2 * checkpoints.SHARD_BYTES + 3 * shape.rows * shape.hidden * DTYPE_BYTES[dtype] + OVERHEAD
 
 
 # verdict ------------------------------------------------------------------------------------------------
@@ -193,14 +125,8 @@ def unquantised_bytes(shape: Shape, dtype: str) -> float:
 
 def cases(profile: ModelProfile, paths: RunPaths, args: argparse.Namespace) -> dict[str, Case]:
     shape = read_shape(profile, paths)
-    info = paths.tokenizer / "tokenizer_info.json"
-    if info.is_file():
-        known = records.read_json(info)
-        new_tokens, rows = known["new_tokens"], known["rows"]
-    else:
-        new_tokens = profile.new_tokens
-        rows = tokenizers.rows_for(shape.ids + new_tokens, at_least=shape.rows)
-    shape = replace(shape, rows=max(rows, shape.rows))
+    new_tokens, rows = extended_rows(profile, paths, shape)
+    shape = replace(shape, rows=rows)
     stages = {"00": profile.plain_text, "01": profile.dictionary, "02": profile.mcq}
     changes = {"micro_batch": args.micro_batch, "max_length": args.max_length}
     return {
@@ -248,15 +174,6 @@ def available_bytes(device: str | None) -> tuple[float, str]:
     return free_ram(), "main memory"
 
 
-def free_ram(meminfo: Path = Path("/proc/meminfo")) -> float:
-    """Bytes that programs can still get: MemAvailable where the system tells it, else the free pages."""
-    if meminfo.is_file():
-        for line in meminfo.read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024.0
-    return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES"))
-
-
 def table(parts: Mapping[str, Mapping[str, float]], available: float) -> str:
     names = list(next(iter(parts.values())))
     lines = [[name, *(f"{part[name] / GB:.2f}" for part in parts.values())] for name in names]
@@ -284,11 +201,11 @@ def main(argv: list[str] | None = None) -> int:
     available, where = (args.available * GB, "as given") if args.available else available_bytes(args.device)
     print(table({stage: predict(case) for stage, case in found.items()}, available))
     first = next(iter(found.values()))
-    unquantised, ram = unquantised_bytes(first.shape, first.dtype), free_ram()
+    streaming, ram = streaming_bytes(first.shape, first.dtype), free_ram()
     print(
         f"\n{profile.name}, base in {first.precision}, gradient checkpointing "
         f"{'on' if first.checkpointing else 'off'}; there: {where}. These are predictions, not measurements.\n"
-        f"add_lora and merges work unquantised in main memory: {unquantised / GB:.1f} GB, {ram / GB:.1f} GB are free."
+        f"add_lora and merges need up to {streaming / GB:.1f} GB of main memory, {ram / GB:.1f} GB are free."
     )
     problems = [
         f"stage {stage} needs about {total(case) / GB:.1f} GB, {available / GB:.1f} GB are there; would fit: "
@@ -296,8 +213,8 @@ def main(argv: list[str] | None = None) -> int:
         for stage, case in found.items()
         if total(case) > available
     ]
-    if unquantised > ram and not args.available:  # --available is about another machine
-        problems.append(f"add_lora and merges need {unquantised / GB:.1f} GB of main memory; use a machine with more")
+    if streaming > ram and not args.available:  # --available is about another machine
+        problems.append(f"add_lora and merges need {streaming / GB:.1f} GB of main memory; use a machine with more")
     if problems:
         raise PipelineError("does not fit\n  " + "\n  ".join(problems))
     print(f"verdict: fits, with {(available - max(map(total, found.values()))) / GB:.1f} GB to spare")

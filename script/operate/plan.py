@@ -13,12 +13,13 @@ Settings are compared when a stage runs.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import re
 import shutil
 import sys
 from pathlib import Path
 
-from medgemma_korean import cli, profiles, progress
+from medgemma_korean import cli, profiles, progress, shapes
 from medgemma_korean.cli import PipelineError
 from medgemma_korean.paths import DRIVER_STAGES, RunPaths, show
 from medgemma_korean.profiles import ModelProfile
@@ -38,8 +39,6 @@ NEEDS: dict[str, list[tuple[str, ...]]] = {
     "train_02": [("add_lora_second",)],
     "report": [("add_lora",)],
 }
-# Whole models on the disk at the widest moment of a run: the raw one and two unquantised bases.
-COPIES = 3
 
 
 # what the driver asks -----------------------------------------------------------------------------------
@@ -201,13 +200,21 @@ def disk_line(profile: ModelProfile, paths: RunPaths) -> str:
     free = shutil.disk_usage(place).free / 1e9
     if profile.tiny is not None:
         return f"disk: {free:.0f} GB free at {place}; a built model needs less than 1 GB"
-    size = BY_KEY[profile.name].gigabytes  # published weights
-    there = sum((f / "stage.json").is_file() for f in (paths.raw_model, paths.raw_lora_added, paths.another_lora_added))
-    need = size * (COPIES - there)
+    shape = shapes.read_shape(profile, paths)
+    rows = shapes.extended_rows(profile, paths, shape)[1]
+    base = shapes.checkpoint_bytes(dataclasses.replace(shape, rows=rows), profile.dtype) / 1e9
+    # At the widest moment of a run: the model as published, and two unquantised text-only bases.
+    sizes = {
+        paths.raw_model: BY_KEY[profile.name].gigabytes,
+        paths.raw_lora_added: base,
+        paths.another_lora_added: base,
+    }
+    need = sum(size for folder, size in sizes.items() if not (folder / "stage.json").is_file())
     short = " - NOT ENOUGH" if free < need else ""
+    parts = f"{BY_KEY[profile.name].gigabytes:g} GB raw and two bases of {base:.1f} GB"
     return (
-        f"disk: {free:.0f} GB free at {place}; about {need:.0f} GB are still needed for models "
-        f"({COPIES - there} of {COPIES} copies of {size:g} GB: raw and two bases), and the text data beside them{short}"
+        f"disk: {free:.0f} GB free at {place}; about {need:.0f} of {sum(sizes.values()):.0f} GB are still needed for "
+        f"models ({parts}), and the text data beside them{short}"
     )
 
 

@@ -134,7 +134,7 @@ def make_parser() -> argparse.ArgumentParser:
         help=f"lay out at most N rows of data, drawn as in training (default: {SAMPLES})",
     )  # fmt: skip
     parser.add_argument("--seed", type=int, default=trained.SEED, help="seed of order and shuffles, as in training")
-    parser.set_defaults(eval_samples=None)
+    parser.set_defaults(eval_samples=None, max_characters=None)
     return parser
 
 

@@ -5,15 +5,20 @@ Writes  model/00_trained/<name>/{final/,checkpoint-N/,training_info.json,evaluat
 
     python script/train/train_00_plain_text.py --model tiny
     python script/train/train_00_plain_text.py --model medgemma-4b --max-samples 20000
+    python script/train/train_00_plain_text.py --model tiny --max-characters 50000   # the same text for any tokenizer
 
 English is replayed all the way, more of it while only rows train; documents are packed and do not see each other.
 """
 
 from __future__ import annotations
 
+import random
 import sys
+from pathlib import Path
+from typing import Any
 
-from medgemma_korean import chain, cli, evaluation, trained, training
+from medgemma_korean import chain, checkpoints, cli, evaluation, trained, training
+from medgemma_korean.cli import PipelineError, log
 from medgemma_korean.paths import RunPaths
 from medgemma_korean.stage import Input
 
@@ -25,25 +30,45 @@ def data(paths: RunPaths) -> list[Input]:
     return [*chain.held_out_inputs(paths), english]
 
 
-def packed(context: trained.Context, folder, limit: int | None) -> list[training.Row]:
-    """The packed sequences of a folder's training documents."""
+def packed(context: trained.Context, folder: Path, limit: int | None) -> tuple[list[training.Row], int]:
+    """The packed sequences of a folder's training documents, and how many characters they hold."""
     settings, length = context.settings, context.settings.max_length
     # Four characters a token is more than any text here has, so the cap of rows can always be filled.
     characters = settings.max_rows * length * 4 * settings.epochs if settings.max_rows else None
     documents = training.sample(
         training.read_texts(folder / "train.jsonl", characters, context.seed), limit, context.seed
     )
+    if folder == context.paths.plain_text and context.args.max_characters:
+        documents = first_characters(documents, context.args.max_characters, context.seed)
     context.counts[folder.name] = len(documents)
     rows = [row for text in documents for row in training.text_rows(context.tokenizer, text, length)]
-    return training.pack(rows, length)
+    return training.pack(rows, length), sum(map(len, documents))
+
+
+def first_characters(documents: list[str], most: int, seed: int) -> list[str]:
+    """Documents in a seeded order, the last one cut, of `most` characters together: the same for any tokenizer.
+
+    Raises PipelineError when there are fewer.
+    """
+    there = sum(map(len, documents))
+    if there < most:
+        raise PipelineError(f"--max-characters {most}: there are {there:,} characters of Korean training text")
+    order, chosen = list(documents), []
+    random.Random(seed).shuffle(order)
+    while most > 0:
+        chosen.append(order.pop()[:most])
+        most -= len(chosen[-1])
+    return chosen
 
 
 def build(context: trained.Context) -> training.Plan:
-    settings, paths = context.settings, context.paths
-    korean_once = packed(context, paths.plain_text, context.args.max_samples)
-    english = packed(context, paths.english_replay, None)
+    settings, paths, args = context.settings, context.paths, context.args
+    korean_once, characters = packed(context, paths.plain_text, args.max_samples)
+    english, _ = packed(context, paths.english_replay, None)
+    # A number of characters is a cap of its own: one of rows would hold other text for every tokenizer.
+    most = None if args.max_characters else settings.max_rows
     korean = training.epochs_of(
-        lambda epoch: training.sample(korean_once, settings.max_rows, context.seed + epoch),
+        lambda epoch: training.sample(korean_once, most, context.seed + epoch),
         settings.epochs,
         context.seed,
     )
@@ -53,7 +78,12 @@ def build(context: trained.Context) -> training.Plan:
     cut = round(len(korean) * first * (1 - r1) / (first * (1 - r1) + (1 - first) * (1 - r2))) if first else 0
     head = training.mixed(korean[:cut], english, r1, context.seed)
     rows = head + training.mixed(korean[cut:], english, r2, context.seed + 1)
-    context.counts |= {"rows": len(rows), "korean_sequences": len(korean)}
+    used = len(korean) / (len(korean_once) * settings.epochs)  # where rows are capped, an estimate
+    context.counts |= {
+        "rows": len(rows),
+        "korean_sequences": len(korean),
+        "korean_characters": round(characters * settings.epochs * used),
+    }
     texts = evaluation.held_out_texts(paths, context.profile)
 
     plan = training.Plan(
@@ -71,8 +101,24 @@ def build(context: trained.Context) -> training.Plan:
     return plan
 
 
+def token_rows(context: trained.Context, folder: Path, outcome: training.Outcome) -> dict[str, Any]:
+    """How many of the new token rows moved. One whose token was never read was moved as a wrong answer alone."""
+    start, best = checkpoints.Adapter(context.link.start), checkpoints.Adapter(outcome.best)
+    if start.rows is None or best.rows is None:
+        return {"token_rows": {"new": 0, "moved": 0, "never_read": 0}}
+    moved = int((start.rows != best.rows).any(dim=1).sum())
+    rows = context.plan.rows[: outcome.steps * context.settings.batch]
+    never = len(set(start.ids) - {token for row in rows for token in row["input_ids"]})
+    log.info("token rows: %s of %s moved; %s were never read", f"{moved:,}", f"{len(best.ids):,}", f"{never:,}")
+    return {"token_rows": {"new": len(best.ids), "moved": moved, "never_read": never}}
+
+
 def main(argv: list[str] | None = None) -> int:
-    args = trained.make_parser(__doc__).parse_args(argv)
+    parser = trained.make_parser(__doc__)
+    parser.add_argument(
+        "--max-characters", type=cli.positive_int, metavar="N", help="train on N characters of Korean an epoch"
+    )
+    args = parser.parse_args(argv)
     return trained.run(
         args,
         program=PROGRAM,
@@ -81,6 +127,8 @@ def main(argv: list[str] | None = None) -> int:
         output=lambda paths: paths.trained_00,
         data=data,
         build=build,
+        choices={"max_characters": args.max_characters},
+        finish=token_rows,
     )
 
 

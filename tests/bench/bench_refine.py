@@ -108,6 +108,7 @@ def run(way: str, data: Path, out: Path, args: argparse.Namespace) -> Run:
     else:
         command = [__file__, "--alone", way, "--folder", str(out), "--data", str(data)]
         command += ["--signatures", str(args.signatures)]
+    os.sync()  # what was written before is no load of this run
     done = measured([sys.executable, *command], env)
     if way in ("program", *TROVE):
         folder = out / "data" / "02_refined" / "00_plain_text" if way == "program" else out / "kept"
