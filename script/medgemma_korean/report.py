@@ -331,7 +331,11 @@ def html_page(paths: RunPaths, profile: ModelProfile, runs: Sequence[RunPaths] =
             _table(["line", "", "what was found"], [_verdict_line(line) for line in judged["lines"]], "answer"),
         ]
         if judged.get("rows"):
-            sections += [_table(ROWS_COLUMNS, rows_table(judged))]
+            sections += [
+                "<p>The model right after extension, before any training, with its new rows and with those that the "
+                "library would have made:</p>",
+                _table(ROWS_COLUMNS, rows_table(judged)),
+            ]
     if runs:
         sections += ["<h2>확장과 비확장 / beside other runs</h2>", _table(BESIDE, beside([paths, *runs]))]
     sections += ["<h2>예시 답변 / sample answers</h2>", _samples(found)]
@@ -397,7 +401,8 @@ def _data(paths: RunPaths) -> str:
     lines = []
     for file in sorted((paths.refined / ".stages").glob("refine_*.json")):
         for reason, number in _flat(records.read_json(file)["counts"]):
-            lines.append([file.stem, reason, number])
+            if number != "0":  # every check that dropped nothing would be a line
+                lines.append([file.stem, reason, number])
     return _table(["program", "count", "number"], lines)
 
 

@@ -264,6 +264,12 @@ def refine(
     return book
 
 
+def numbers(book: dict) -> dict:
+    """What the stage record keeps of a ledger."""
+    kept = {key: value for key, value in book.items() if key not in ("explained", "language")}
+    return kept | {"contaminated_documents": len(book["contaminated_documents"])}
+
+
 @contextlib.contextmanager
 def writing_to(folder: Path) -> Iterator[None]:
     """A full disk says nothing of where it is: name the folder."""
@@ -371,8 +377,8 @@ def main(argv: list[str] | None = None) -> int:
         log.info("held-out exam items found in the raw text, their documents dropped: %d", touched)
         stage.complete(
             counts={
-                "korean": korean | {"contaminated_documents": len(korean["contaminated_documents"])},
-                "english": english | {"contaminated_documents": len(english["contaminated_documents"])},
+                "korean": numbers(korean),
+                "english": numbers(english),
                 "exam_items": {"held out": len(exams.held_out), "train": len(exams.train)},
             },
             metric=f"{korean['documents']['train']:,} Korean and {english['documents']['train']:,} English documents",
