@@ -74,6 +74,7 @@ def no_output_in_the_repository(tmp_path, monkeypatch):
         if type(handler) in (logging.StreamHandler, logging.FileHandler):  # ours; pytest has handlers there too
             handler.close()
             logger.removeHandler(handler)
+    logger.propagate = True  # or pytest puts its own handlers there, and the next test's errors go to them
 
 
 @pytest.fixture

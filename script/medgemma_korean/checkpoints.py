@@ -10,6 +10,7 @@ needs a GPU. torch is imported inside functions.
 
 from __future__ import annotations
 
+import gc
 import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -31,7 +32,7 @@ HEAD = "lm_head.weight"  # tied to the matrix
 _TEXT_PREFIX = re.compile(r"^(?:language_model\.model\.|model\.language_model\.)")
 _NOT_TEXT = re.compile(r"^(?:model\.)?(?:vision_tower|multi_modal_projector)\.")
 # Rows of the matrix that are turned into float32 at a time.
-_ROWS = 8192
+_ROWS = 1024
 _SAMPLED_ROWS = 16_384
 
 
@@ -325,7 +326,10 @@ def _logits(folder: Path, ids: list[int], dtype: str, adapter: Adapter | None = 
         ).eval()
         if adapter:
             _attach(model, adapter)
-        return model(input_ids=torch.tensor([ids]), use_cache=False).logits[0].float()
+        logits = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0].float()
+        del model
+        gc.collect()  # hooks and modules hold each other, and another model follows
+        return logits
 
 
 def _attach(model: Any, adapter: Adapter) -> None:
