@@ -64,6 +64,17 @@ def _run(name: str, *args: object, root: Path, env: dict[str, str] | None = None
     return Outcome(done.returncode, done.stdout, done.stderr)
 
 
+def hear_signals() -> None:
+    """For a child before it starts: background jobs of a shell ignore SIGINT, and what nohup started SIGHUP."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
+@pytest.fixture
+def signals_heard():
+    return hear_signals
+
+
 @pytest.fixture(autouse=True)
 def no_output_in_the_repository(tmp_path, monkeypatch):
     """Whatever a test forgets, nothing is written under the repository's own data/, model/ or logs/."""
@@ -179,8 +190,7 @@ def get(hub, tmp_path, run_program):
                 stdout=output,  # -1 is subprocess.PIPE
                 stderr=output if output >= 0 else subprocess.STDOUT,
                 text=True,
-                # Background jobs of a shell, and what they start, have it ignored.
-                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+                preexec_fn=hear_signals,
             )
         )
         return begun[-1]

@@ -72,7 +72,7 @@ if __name__ == "__main__":
 
 
 @pytest.fixture
-def begin(tmp_path):
+def begin(tmp_path, signals_heard):
     """begin(number, function, items) -> the program above, in a process group of its own."""
     (tmp_path / "program.py").write_text(PROGRAM)
     begun = []
@@ -86,8 +86,7 @@ def begin(tmp_path):
                 stderr=subprocess.PIPE,
                 text=True,
                 start_new_session=True,
-                # Background jobs of a shell, and what they start, have it ignored.
-                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+                preexec_fn=signals_heard,
             )
         )
         return begun[-1]
