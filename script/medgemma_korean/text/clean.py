@@ -228,6 +228,8 @@ def _mark_run() -> re.Pattern[str]:
 
 def _is_mark(character: str) -> bool:
     """Whether all that a character decomposes into are combining marks, as with the half-width voiced sound mark."""
+    if not unicodedata.decomposition(character):
+        return unicodedata.combining(character) > 0
     return all(map(unicodedata.combining, unicodedata.normalize("NFKD", character)))
 
 

@@ -105,8 +105,26 @@ def _fold_table() -> np.ndarray:
     Unstable is what becomes several characters and what may join the character before it: marks, vowels of jamo.
     """
     table = np.arange(0x110000, dtype=np.uint32)
-    # The last range is the compatibility ideographs; other characters up there fold to themselves.
-    points = [*range(0x20000), *range(0x2F800, 0x2FA20)]
+    # Left out are ideographs, Hangul syllables, Tangut and other large scripts, which fold to themselves; the last range
+    # is the compatibility ideographs.
+    edges = (
+        0,
+        0x3400,
+        0x4DC0,
+        0x4E00,
+        0xA000,
+        0xAC00,
+        0xD7A4,
+        0x12000,
+        0x13430,
+        0x13460,
+        0x16100,
+        0x17000,
+        0x18D00,
+        0x20000,
+    )
+    points = [p for low, high in zip(edges[::2], edges[1::2], strict=True) for p in range(low, high)]
+    points += range(0x2F800, 0x2FA20)
     decompositions = (unicodedata.decomposition(chr(point)) for point in points)
     joining = {chr(int(form.split()[1], 16)) for form in decompositions if " " in form and "<" not in form}
     joining.update(map(chr, (*range(0x1161, 0x1176), *range(0x11A8, 0x11C3))))
@@ -444,7 +462,14 @@ def _distinct_grams(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
     hashes = hashes[order]
     fresh = np.ones(len(hashes), dtype=bool)
     fresh[1:] = hashes[1:] != hashes[:-1]
-    ranks, numbers, _ = _distinct(np.cumsum(fresh) - 1, numbers[order], max(len(texts), 1))
+    size = max(len(texts), 1)
+    pairs = np.cumsum(fresh) - 1
+    pairs *= size
+    pairs += numbers[order]
+    pairs.sort()
+    kept = np.ones(len(pairs), dtype=bool)
+    kept[1:] = pairs[1:] != pairs[:-1]
+    ranks, numbers = np.divmod(pairs[kept], size)
     return hashes[fresh][ranks], numbers.astype(np.int32)
 
 
