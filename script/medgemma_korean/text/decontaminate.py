@@ -105,8 +105,8 @@ def _fold_table() -> np.ndarray:
     Unstable is what becomes several characters and what may join the character before it: marks, vowels of jamo.
     """
     table = np.arange(0x110000, dtype=np.uint32)
-    # Left out are ideographs, Hangul syllables, Tangut and other large scripts, which fold to themselves; the last range
-    # is the compatibility ideographs.
+    # Left out are ideographs, Hangul syllables, Tangut and other large scripts, which fold to themselves; the last
+    # range is the compatibility ideographs.
     edges = (
         0,
         0x3400,
