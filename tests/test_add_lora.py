@@ -8,7 +8,7 @@ import shutil
 import pytest
 import torch_fixtures as tf
 
-from medgemma_korean import chain, modeling, records, verdict
+from medgemma_korean import chain, evaluation, modeling, records, verdict
 from medgemma_korean import tokenizer as tokenizers
 from medgemma_korean.cli import PipelineError
 
@@ -84,7 +84,8 @@ def test_the_look_at_new_rows_leaves_the_model_as_it_was(add_lora):
 
     model = modeling.load_base(tf.base_folder(), tf.profile(), "cpu")
     before = model.get_input_embeddings().weight.clone()
-    found = add_lora.rows_look(model, tf.tokenizer(), TEXTS, tf.new_ids(), before[:701], 17, **LOOK)
+    bits = {name: evaluation.bits_per_character(model, tf.tokenizer(), TEXTS[name], **LOOK) for name in TEXTS}
+    found = add_lora.rows_look(model, tf.tokenizer(), TEXTS, bits, tf.new_ids(), before[:701], 17, **LOOK)
     assert torch.equal(model.get_input_embeddings().weight, before)
     assert list(found) == ["mean of constituents", "library default"]
     for seen in found.values():
@@ -95,12 +96,10 @@ def test_the_look_at_new_rows_leaves_the_model_as_it_was(add_lora):
     ids = torch.tensor([[2, *tokenizers.encode(tf.tokenizer(), TEXTS["english"][0])]])[:, :31]
     with torch.no_grad():
         shares = model(input_ids=ids).logits[0, :-1].softmax(dim=-1)[:, tf.new_ids()].sum(dim=-1)
-    from medgemma_korean import evaluation
-
     text = tf.tokenizer().decode(ids[0, 1:])
     mass = evaluation.token_mass(model, tf.tokenizer(), [text], tf.new_ids(), **LOOK)
     assert mass == pytest.approx(shares.mean().item(), rel=1e-3)
-    assert add_lora.rows_look(model, tf.tokenizer(), TEXTS, [], before, 17, **LOOK) == {}
+    assert add_lora.rows_look(model, tf.tokenizer(), TEXTS, bits, [], before, 17, **LOOK) == {}
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from medgemma_korean import checkpoints, modeling
+from medgemma_korean import bpe, checkpoints, modeling
 from medgemma_korean import tokenizer as tokenizers
 from medgemma_korean.cli import QUIET_LOGGERS
 from medgemma_korean.paths import RunPaths
@@ -109,8 +109,8 @@ def segment(word: str) -> list[str]:
 @cache
 def extension() -> tokenizers.Extension:
     """Pieces from the Korean text and from one drug name whose syllables the base lacks: fewer than 64 in all."""
-    words = tokenizers.count_words([*texts(200, 3, KOREAN), *["뮤코쉴드는 약이다."] * 9])
-    return tokenizers.continue_bpe(words, segment, set(base_tokenizer().get_vocab()), 40, 5)
+    words = bpe.count_words([*texts(200, 3, KOREAN), *["뮤코쉴드는 약이다."] * 9])
+    return bpe.continue_bpe(words, segment, set(base_tokenizer().get_vocab()), 40, 5)
 
 
 @cache

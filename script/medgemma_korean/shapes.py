@@ -22,6 +22,7 @@ from medgemma_korean.profiles import ModelProfile
 # Bits a weight of a quantised linear layer. nf4: 4, one 8-bit scale in 64 weights, one fp32 scale in 64 x 256
 # (double quantisation; T. Dettmers et al., QLoRA, 2023, section 3).
 BITS = {"8bit": 8.0, "nf4": 4 + 8 / 64 + 32 / (64 * 256), "bf16": 16.0, "fp32": 32.0}
+TRAINED_BYTES = 16  # a trained parameter: fp32 value, gradient and the two moments of Adam
 DTYPE_BYTES = {"bfloat16": 2, "float32": 4}
 
 

@@ -18,8 +18,6 @@ from typing import Any
 
 from medgemma_korean import records
 from medgemma_korean.bpe import BYTE_PIECE, HANGUL_PIECE, Extension
-from medgemma_korean.bpe import continue_bpe as continue_bpe  # who extends a tokenizer needs no second import
-from medgemma_korean.bpe import count_words as count_words
 from medgemma_korean.cli import PipelineError
 
 IMAGE_TOKEN = "<image_soft_token>"

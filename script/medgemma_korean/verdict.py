@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from medgemma_korean import cli
+from medgemma_korean.shapes import DTYPE_BYTES, TRAINED_BYTES
 
 EXTEND, DO_NOT_EXTEND = "extend", "do not extend"
 MIN_GAIN = 0.13  # share of the tokens saved on medical text: 1.15 times the characters a token
@@ -18,8 +19,6 @@ MIN_USED = 0.95  # share of the new tokens that the training mix uses often enou
 MAX_MASS = 0.03  # probability that all new rows together take on English text before any training
 MAX_CHANGE = 0.01  # relative rise of the English loss by the new rows
 FEW_CHARACTERS = 1000  # a smaller held-out text is shown, not judged: a word more or less decides there
-TRAINED_BYTES = 16  # a trained value: fp32 value, gradient and the two moments of Adam
-BF16_BYTES = 2
 
 
 @dataclass(frozen=True)
@@ -116,9 +115,9 @@ def memory(ids: int, rows: int, old_rows: int, hidden: int, new_tokens: int) -> 
     return {
         "ids": ids,
         "rows": rows,
-        "added_mb": round((rows - old_rows) * hidden * BF16_BYTES / 1e6, 3),
+        "added_mb": round((rows - old_rows) * hidden * DTYPE_BYTES["bfloat16"] / 1e6, 3),
         "row_training_gb": round(new_tokens * hidden * TRAINED_BYTES / 1e9, 4),
-        "gradient_gb": round(rows * hidden * BF16_BYTES / 1e9, 4),
+        "gradient_gb": round(rows * hidden * DTYPE_BYTES["bfloat16"] / 1e9, 4),
     }
 
 

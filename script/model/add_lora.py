@@ -36,11 +36,11 @@ def score(
     args: argparse.Namespace,
     profile: ModelProfile,
     paths: RunPaths,
-    also: Callable[[Any, Any], Any] | None = None,
+    also: Callable[[Any, Any, dict], Any] | None = None,
 ) -> tuple[dict, Any]:
     """Load a base in the run's precision, score it, and write `model/report/<name>/scores/<which>.json`.
 
-    Returns the scores and what `also(model, tokenizer)` returns, asked while the model is loaded.
+    Returns the scores and what `also(model, tokenizer, scores)` returns, asked while the model is loaded.
     """
     from medgemma_korean import evaluation, modeling
     from medgemma_korean import tokenizer as tokenizers
@@ -50,7 +50,7 @@ def score(
     tokenizer = tokenizers.load(folder)
     result = evaluation.evaluate(model, tokenizer, paths, profile, which=which, precision=precision)
     log.info("%s: %s", which, evaluation.summary(result))
-    more = also(model, tokenizer) if also else None
+    more = also(model, tokenizer, result) if also else None
     records.write_json(paths.scores(which), result)
     return result, more
 
@@ -87,7 +87,7 @@ def first(args: argparse.Namespace, profile: ModelProfile, paths: RunPaths, stag
         # The untouched model is scored as text-only too: the same class and precision as everything after it.
         stage.tick(1, 6, "scoring the base")
 
-        def mean_state(model: Any, tokenizer: Any) -> Any:
+        def mean_state(model: Any, tokenizer: Any, scores: dict) -> Any:
             return evaluation.mean_state(model, tokenizer, texts["english"], **look) if args.shift else None
 
         before, state = score(paths.raw_model, "base", args, profile, paths, also=mean_state)
@@ -105,8 +105,9 @@ def first(args: argparse.Namespace, profile: ModelProfile, paths: RunPaths, stag
         trainable = save_fresh_adapter(folder, profile, second=False, new_ids=new_ids, seed=args.seed)
         stage.tick(4, 6, "scoring the extended base")
 
-        def init_look(model: Any, tokenizer: Any) -> dict[str, dict[str, float]]:
-            return rows_look(model, tokenizer, texts, new_ids, old[: len(base_tokenizer)], args.seed, **look)
+        def init_look(model: Any, tokenizer: Any, scores: dict) -> dict[str, dict[str, float]]:
+            bits, trained = scores["bits_per_character"], old[: len(base_tokenizer)]
+            return rows_look(model, tokenizer, texts, bits, new_ids, trained, args.seed, **look)
 
         after, rows_seen = score(folder / "base", "extended", args, profile, paths, also=init_look)
         verdict = judge(paths, before, after, rows_seen, args.shift)
@@ -131,27 +132,34 @@ def finish_base(base: Path, tokenizer_folder: Path, deltas: list[str], new_ids: 
 
 
 def rows_look(
-    model: Any, tokenizer: Any, texts: dict[str, list[str]], new_ids: list[int], old: Any, seed: int, **look: int
+    model: Any,
+    tokenizer: Any,
+    texts: dict[str, list[str]],
+    bits: dict[str, float],
+    new_ids: list[int],
+    old: Any,
+    seed: int,
+    **look: int,
 ) -> dict[str, dict[str, float]]:
-    """Bits per character, and the probability that new tokens take on English text, with the rows as they are and,
-    for comparison, with those that the library would have put there. The model is left as it was."""
+    """Bits per character (`bits`, of the texts, as the model is) and the probability that new tokens take on English
+    text; and both, for comparison, with the rows that the library would have put there. The model is left as it was."""
     import torch
 
     from medgemma_korean import checkpoints, evaluation
 
-    def seen() -> dict[str, float]:
-        bits = {name: evaluation.bits_per_character(model, tokenizer, texts[name], **look) for name in texts}
-        return bits | {"english_mass": evaluation.token_mass(model, tokenizer, texts["english"], new_ids, **look)}
+    def mass() -> dict[str, float]:
+        return {"english_mass": evaluation.token_mass(model, tokenizer, texts["english"], new_ids, **look)}
 
     if not new_ids:
         return {}
-    found = {"mean of constituents": seen()}
+    found = {"mean of constituents": bits | mass()}
     weight = model.get_input_embeddings().weight
     kept = weight[new_ids].clone()
     torch.manual_seed(seed)
     with torch.no_grad():
         weight[new_ids] = checkpoints.library_rows(old, len(new_ids)).to(weight)
-        found["library default"] = seen()
+        theirs = {name: evaluation.bits_per_character(model, tokenizer, texts[name], **look) for name in texts}
+        found["library default"] = theirs | mass()
         weight[new_ids] = kept
     return found
 
@@ -165,12 +173,12 @@ def judge(paths: RunPaths, before: dict, after: dict, rows_seen: dict[str, dict[
     if rows_seen:
         mass = rows_seen["mean of constituents"]["english_mass"]
         english = after["bits_per_character"]["english"] / before["bits_per_character"]["english"] - 1
-        lines = [line for line in lines if line.name != "init gate"] + verdict.init_lines(mass, english, shift)
+        lines = [line for line in lines if line.name != verdict.NOT_RUN.name] + verdict.init_lines(mass, english, shift)
     word, reason = verdict.decide(lines) if rows_seen else (info["verdict"], info["reason"])
     judged = {
         "verdict": word,
         "reason": reason,
-        "lines": [vars(line) for line in lines],
+        "lines": [line.as_dict() for line in lines],
         "base": before["bits_per_character"],
         "rows": rows_seen,
         "shift": shift,
@@ -192,10 +200,9 @@ def second(args: argparse.Namespace, profile: ModelProfile, paths: RunPaths, sta
     with stage.work() as folder:
         info, base = modeling.base_info(link.base), folder / "base"
         stage.tick(1, 4, "merging")
-        checkpoint = checkpoints.Checkpoint(link.base)
         if link.adapter is None:
             log.info("nothing was trained yet; the fresh adapter goes on the unmerged base")
-            deltas = info["deltas"]
+            deltas, checkpoint = info["deltas"], checkpoints.Checkpoint(link.base)
             checkpoints.write(base, checkpoint.config, iter(checkpoint), profile.dtype)
         else:
             assert link.fingerprint not in info["deltas"], "this adapter is in its base already"
@@ -203,7 +210,7 @@ def second(args: argparse.Namespace, profile: ModelProfile, paths: RunPaths, sta
             ids = tokenizers.encode(tokenizers.load(link.base), "\n".join(question))[:CHECKED_TOKENS]
             checkpoints.merge(link.base, link.adapter, base, profile.dtype, ids)
             deltas = [*info["deltas"], link.fingerprint]
-        finish_base(base, link.base, deltas, info["new_ids"], checkpoint.config.vocab_size)
+        finish_base(base, link.base, deltas, info["new_ids"], modeling.text_config(base).vocab_size)
         stage.tick(2, 4, "a fresh adapter")
         trainable = save_fresh_adapter(folder, profile, second=True, new_ids=[], seed=args.seed)
         stage.tick(3, 4, "scoring the merged base")

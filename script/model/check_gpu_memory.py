@@ -24,6 +24,7 @@ from medgemma_korean.profiles import ModelProfile, StageSettings
 from medgemma_korean.shapes import (
     BITS,
     DTYPE_BYTES,
+    TRAINED_BYTES,
     Shape,
     extended_rows,
     free_ram,
@@ -33,7 +34,6 @@ from medgemma_korean.shapes import (
 )
 
 GB = 1e9
-TRAINED_BYTES = 16  # a trained parameter: fp32 value, gradient and the two moments of Adam
 TILE_TOKENS, TILE_ROWS = 4096, 32768  # of the tile in which TRL 1.16 multiplies hidden states by the head
 OVERHEAD = 1.0 * GB  # CUDA context, libraries, fragments of the allocator: usual size, an assumption
 CARDS = (16, 24, 32, 40, 48, 80, 96, 141)  # GB of the cards that are sold

@@ -345,8 +345,7 @@ class ExamIndex:
         self._needed[first_loose : len(self._item_of_text)] = 1
         order = np.argsort(flat)
         flat, sets = flat[order], sets[order]
-        fresh = np.ones(len(flat), dtype=bool)
-        fresh[1:] = flat[1:] != flat[:-1]
+        fresh = _first_of_equals(flat)
         # Compressed rows: the sets that hold hash k are _sets[_starts[k] : _starts[k + 1]].
         self._hashes, self._sets = flat[fresh], sets
         self._starts = np.append(np.flatnonzero(fresh), len(flat))
@@ -437,8 +436,17 @@ def touched_by_all(indexes: Sequence[ExamIndex], texts: Sequence[str]) -> list[l
 
 def _distinct(first: np.ndarray, second: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return the distinct pairs of two int64 arrays, in order, and how often each occurs; `second` is below `size`."""
-    pairs, counts = np.unique(first * size + second, return_counts=True)
-    return *np.divmod(pairs, size), counts
+    pairs = first * size + second
+    pairs.sort()
+    starts = np.flatnonzero(_first_of_equals(pairs))
+    return *np.divmod(pairs[starts], size), np.diff(starts, append=len(pairs))
+
+
+def _first_of_equals(ordered: np.ndarray) -> np.ndarray:
+    """Return bool: where a sorted array has another value than before."""
+    fresh = np.ones(len(ordered), dtype=bool)
+    fresh[1:] = ordered[1:] != ordered[:-1]
+    return fresh
 
 
 def _printed_forms(question: str, options: list[str]) -> list[str]:
@@ -460,16 +468,8 @@ def _distinct_grams(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
     # A stable sort would give the pairs at once, and takes four times as long as numpy's default and a second sort.
     order = np.argsort(hashes)
     hashes = hashes[order]
-    fresh = np.ones(len(hashes), dtype=bool)
-    fresh[1:] = hashes[1:] != hashes[:-1]
-    size = max(len(texts), 1)
-    pairs = np.cumsum(fresh) - 1
-    pairs *= size
-    pairs += numbers[order]
-    pairs.sort()
-    kept = np.ones(len(pairs), dtype=bool)
-    kept[1:] = pairs[1:] != pairs[:-1]
-    ranks, numbers = np.divmod(pairs[kept], size)
+    fresh = _first_of_equals(hashes)
+    ranks, numbers, _ = _distinct(np.cumsum(fresh) - 1, numbers[order], max(len(texts), 1))
     return hashes[fresh][ranks], numbers.astype(np.int32)
 
 
