@@ -35,6 +35,8 @@ how
   --new-tokens N|auto  most new tokens of the tokenizer; 0 keeps the base vocabulary, auto obeys the verdict
   --min-count N        times the training text must hold a new token
   --device D           cuda:0, cpu, ... (default: cuda:0 where there is one, else cpu)
+  --precision P        of the frozen base: 8bit, nf4, bf16, fp32 (default: what a probe of the base allows)
+  --processes N        train on N cards (accelerate launch); --shard divides the base between them, with bf16
   --force              redo what differs from its record; old results are kept as .previous
   --allow-regression   go on where a gate fails
 operation
@@ -59,7 +61,7 @@ json=()
 run=()                                   # which run: every program takes these
 range=()                                 # for plan.py alone
 force=() regression=() device=() samples=() skip_01=() veterinary=()
-epochs_00=() epochs_01=() epochs_02=() tokens=()
+epochs_00=() epochs_01=() epochs_02=() tokens=() precision=() launch=() shard=()
 given=("$@")
 
 set_mode() { [[ $mode == run ]] || die "--$mode and $1 exclude each other"; mode=${1#--}; }
@@ -67,7 +69,8 @@ set_mode() { [[ $mode == run ]] || die "--$mode and $1 exclude each other"; mode
 while (($#)); do
   case $1 in --?*=*) set -- "${1%%=*}" "${1#*=}" "${@:2}" ;; esac
   case $1 in
-    --model | --data-dir | --name | --from | --to | --device | --max-samples | --epochs-0[012] | --new-tokens | --min-count)
+    --model | --data-dir | --name | --from | --to | --device | --max-samples | --epochs-0[012] | --new-tokens | \
+      --min-count | --precision | --processes)
       [[ $# -ge 2 && $2 != --* ]] || die "$1 needs a value; see --help" ;;
   esac
   case $1 in
@@ -76,6 +79,12 @@ while (($#)); do
     --device) device=("$1" "$2"); shift ;;
     --max-samples) samples=("$1" "$2"); shift ;;
     --new-tokens | --min-count) tokens+=("$1" "$2"); shift ;;
+    --precision) precision=("$1" "$2"); shift ;;
+    --processes)
+      [[ $2 =~ ^[1-9][0-9]*$ ]] || die "--processes $2: not a number of processes"
+      [[ $2 == 1 ]] || launch=(-m accelerate.commands.launch --multi_gpu --num_processes "$2")
+      shift ;;
+    --shard) shard=("$1") ;;
     --epochs-00) epochs_00=(--epochs "$2"); range+=("$1" "$2"); shift ;;
     --epochs-01) epochs_01=(--epochs "$2"); range+=("$1" "$2"); shift ;;
     --epochs-02) epochs_02=(--epochs "$2"); range+=("$1" "$2"); shift ;;
@@ -92,6 +101,9 @@ while (($#)); do
   shift
 done
 [[ ${#json[@]} == 0 || $mode == status ]] || die "--json goes with --status"
+[[ ${#shard[@]} == 0 || ${#launch[@]} -gt 0 ]] || die "--shard goes with --processes N"
+[[ ${#shard[@]} == 0 || ${#precision[@]} -gt 0 ]] || precision=(--precision bf16)   # 8-bit weights cannot be divided
+training=("${precision[@]}" "${shard[@]}")
 asked=("${run[@]}" "${range[@]}" "${samples[@]}" "${device[@]}" "${force[@]}" "${regression[@]}")
 
 # environment and operation ------------------------------------------------------------------------------
@@ -167,15 +179,20 @@ finish() {  # CODE MESSAGE
 }
 
 stage() {  # NAME PROGRAM [ARGUMENT...]: run one stage, unless it is skipped or out of the range
-  local stage=$1 program=$2 code=0
+  local stage=$1 program=$2 code=0 several=() told=
   shift 2
+  if [[ $program == train/* && ${#launch[@]} -gt 0 ]]; then
+    several=("${launch[@]}")
+    told=$log.exit.$$   # a launcher of several processes ends with 1 whatever they end with; the first one tells
+  fi
   [[ " $chosen " == *" $stage "* && " $skipped " != *" $stage "* ]] || return 0
   [[ ! $stopping ]] || finish 130 "interrupted before $stage; the same command continues"
   say "== $stage"
   note "$stage" running
   # Its own session: Ctrl-C reaches the driver alone, which tells the stage once. A second signal would end it
   # before its checkpoint is saved. It keeps the lock open, so that an orphan does not look like a free lock.
-  MEDGEMMA_KOREAN_STAGE=$stage setsid "$python" "$script/$program" "${run[@]}" "${force[@]}" "$@" < /dev/null &
+  MEDGEMMA_KOREAN_STAGE=$stage MEDGEMMA_KOREAN_EXIT=$told \
+    setsid "$python" "${several[@]}" "$script/$program" "${run[@]}" "${force[@]}" "$@" < /dev/null &
   child=$!
   [[ ! $stopping ]] || kill -TERM "$child" 2> /dev/null || true   # the signal came before there was a child
   wait "$child" || code=$?
@@ -183,6 +200,7 @@ stage() {  # NAME PROGRAM [ARGUMENT...]: run one stage, unless it is skipped or 
   while kill -0 "$child" 2> /dev/null; do wait "$child" || true; done
   [[ ! $stopping ]] || { code=0; wait "$child" || code=$?; }
   child=
+  [[ ! $told || ! -s $told ]] || { code=$(< "$told"); rm -f "$told"; }
   # 143: the signal came before the program was ready to catch it.
   [[ ! $stopping || $code != 143 ]] || code=130
   case $code in
@@ -210,19 +228,19 @@ stage refine refine/refine_all.py "${skip_01[@]}" "${veterinary[@]}"
 stage prepare_tokenizer model/prepare_tokenizer.py "${tokens[@]}"
 
 # Give the base model the new token rows and the first adapter; score it before and after.
-stage add_lora model/add_lora.py "${device[@]}" "${regression[@]}"
+stage add_lora model/add_lora.py "${device[@]}" "${precision[@]}" "${regression[@]}"
 
 # Stage 00: continued pre-training on Korean plain text.
-stage train_00 train/train_00_plain_text.py "${device[@]}" "${regression[@]}" "${samples[@]}" "${epochs_00[@]}"
+stage train_00 train/train_00_plain_text.py "${device[@]}" "${training[@]}" "${regression[@]}" "${samples[@]}" "${epochs_00[@]}"
 
 # Stage 01: the medical dictionary and translation.
-stage train_01 train/train_01_medical_dict.py "${device[@]}" "${regression[@]}" "${samples[@]}" "${epochs_01[@]}"
+stage train_01 train/train_01_medical_dict.py "${device[@]}" "${training[@]}" "${regression[@]}" "${samples[@]}" "${epochs_01[@]}"
 
 # Merge what was trained, and put the second adapter on it.
-stage add_lora_second model/add_lora.py --second "${device[@]}" "${regression[@]}"
+stage add_lora_second model/add_lora.py --second "${device[@]}" "${precision[@]}" "${regression[@]}"
 
 # Stage 02: exam questions.
-stage train_02 train/train_02_kor_med_test.py "${device[@]}" "${regression[@]}" "${samples[@]}" "${epochs_02[@]}"
+stage train_02 train/train_02_kor_med_test.py "${device[@]}" "${training[@]}" "${regression[@]}" "${samples[@]}" "${epochs_02[@]}"
 
 # Write the report and print the final table.
 stage report evaluate/report.py

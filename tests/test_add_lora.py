@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 
 import pytest
 import torch_fixtures as tf
 
-from medgemma_korean import chain, evaluation, modeling, records, verdict
+from medgemma_korean import chain, cli, evaluation, modeling, precision, profiles, records, verdict
 from medgemma_korean import tokenizer as tokenizers
 from medgemma_korean.cli import PipelineError
 
@@ -128,3 +129,85 @@ def test_the_rows_have_the_last_word(add_lora, paths, capsys, mass, english, wor
 def test_a_shift_is_for_the_first_base(add_lora, paths):
     with pytest.raises(PipelineError, match="--shift is for new rows, of which --second makes none"):
         add_lora.main(["--second", "--shift", "2"])
+
+
+# the precision ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def run(add_lora, paths, monkeypatch):
+    """run(*options) -> exit code of the program, in a run whose inputs are complete."""
+    monkeypatch.setitem(profiles.MODELS, "tiny", tf.profile(score_characters=1200))
+    shutil.rmtree(paths.raw_model)
+    shutil.copytree(tf.raw_folder(), paths.raw_model)
+    info = records.read_json(paths.tokenizer / "tokenizer_info.json") | {"new_tokens": 40, "rows": 768}
+    records.write_json(paths.tokenizer / "tokenizer_info.json", info)
+    records.write_jsonl(paths.mcq / "dev.jsonl", tf.ITEMS)
+    records.write_jsonl(paths.plain_text / "validation.jsonl", [{"text": text} for text in tf.KOREAN])
+    records.write_jsonl(paths.english_replay / "validation.jsonl", [{"text": text} for text in tf.ENGLISH])
+    held_out = [paths.record("refine_00_plain_text"), paths.record("refine_02_kor_med_test")]
+    for file in (paths.raw_model / "stage.json", paths.tokenizer / "stage.json", *held_out):
+        records.write_json(file, {"program": "x", "fingerprint": file.parent.name, "outputs": {}, "home": "."})
+    return lambda *options: cli.run(lambda: add_lora.main(list(options)))
+
+
+def limit(monkeypatch, **limits):
+    """Another limit for every probe from here on."""
+    monkeypatch.setattr(precision, "Limits", functools.partial(precision.Limits, **limits))
+
+
+def test_the_choice_is_recorded_and_everything_is_scored_in_it(run, paths, capsys, monkeypatch):
+    assert run() == 0
+    assert capsys.readouterr().out.count("precision: 8bit, computing in float32: its probe passed: KL ") == 1
+    base = paths.raw_lora_added / "base"
+    record = records.read_json(paths.raw_lora_added / "stage.json")
+    assert (
+        record["precision"] == records.read_json(base / "precision.json") and "base/precision.json" in record["outputs"]
+    )
+    assert record["precision"]["precision"] == "8bit" and record["precision"]["probes"][0]["passed"] is True
+    assert record["precision"]["measured_on"] == "base" and record["settings"]["precision"] == "auto"
+    assert {records.read_json(paths.scores(which))["precision"] for which in ("base", "extended")} == {"8bit"}
+    precision.require_passing(base, precision.chosen(base, tf.profile()), paths)
+    # The same command again loads no model: not even one that is no longer there.
+    with monkeypatch.context() as patch:
+        patch.setattr(modeling, "load_base", None)
+        assert run() == 0
+    assert "already complete" in capsys.readouterr().out
+    assert run("--precision", "8bit") == 2  # other settings: what was chosen may not be what is asked for
+    assert "settings.precision: 'auto' -> '8bit'" in capsys.readouterr().out
+
+
+def test_the_second_base_is_probed_anew_and_compared_in_its_own_precision(run, paths, capsys, monkeypatch):
+    assert run() == 0
+    plain = records.read_json(paths.scores("base"))
+    limit(monkeypatch, kl=1e-9)
+    assert run("--second") == 0
+    text = capsys.readouterr().out
+    assert "not 8bit: its probe failed: KL(fp32 || 8bit) is " in text
+    assert "the base was scored in 8bit, and is scored again in fp32" in text
+    found = records.read_json(paths.another_lora_added / "base" / "precision.json")
+    assert (found["precision"], found["measured_on"], list(found["refused"])) == ("fp32", "merged", ["8bit", "nf4"])
+    again = records.read_json(paths.scores("base-fp32"))
+    assert (again["which"], again["precision"], records.read_json(paths.scores("merged"))["precision"]) == (
+        "base", "fp32", "fp32",
+    )  # fmt: skip
+    assert records.read_json(paths.scores("base")) == plain and plain["precision"] == "8bit"
+    gate = records.read_json(paths.another_lora_added / "stage.json")["gate"]
+    merged = records.read_json(paths.scores("merged"))
+    ratio = merged["bits_per_character"]["english"] / again["bits_per_character"]["english"]
+    assert gate["passed"] and gate["english_ratio"] == pytest.approx(ratio)
+
+
+def test_the_second_base_prefers_the_first_one_s_precision(run, paths):
+    assert run("--precision", "fp32") == 0 and run("--second") == 0
+    found = records.read_json(paths.another_lora_added / "base" / "precision.json")
+    assert found["precision"] == "fp32" and found["asked"] == "auto" and found["probes"] == []
+    assert not paths.scores("base-fp32").exists()
+
+
+def test_a_precision_asked_for_that_fails_ends_the_program(run, paths, capsys, monkeypatch):
+    limit(monkeypatch, kl=1e-9)
+    assert run("--precision", "8bit") == 2
+    text = capsys.readouterr().out
+    assert "--precision 8bit: its probe failed: KL(fp32 || 8bit) is " in text and "nats a token (at most 1e-09)" in text
+    assert not paths.raw_lora_added.exists() and not paths.scores("base").exists()

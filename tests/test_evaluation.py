@@ -137,7 +137,7 @@ def test_more_context_gives_other_bits_and_bos_is_not_counted():
 
 
 def test_completion_loss_counts_the_completion_only():
-    from medgemma_korean.training import exchange_row
+    from medgemma_korean.batches import exchange_row
 
     scored = model()
     rows = [exchange_row(tf.tokenizer(), prompts.dictionary(w), tf.KOREAN[i], 512) for i, w in enumerate(("가", "나"))]

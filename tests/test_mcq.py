@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from medgemma_korean import mcq
+from medgemma_korean import mcq, records
 from medgemma_korean.cli import PipelineError
 from medgemma_korean.mcq import combined_score, extract_answer, format_score, read_raw_item, score, within_chance
 
@@ -121,6 +121,28 @@ def test_read_keeps_lines_and_symbols():
 def test_read_numbers_as_options():
     item = read(A=1, B=2, C=3, D=4, E=5, year="2021", q_number="7.0")
     assert item["C"] == "3" and item["id"] == "doctor-2021-1-7"
+
+
+def test_refined_items_are_read_back(tmp_path):
+    four = {"id": "a", "question": "?", "A": "1", "B": "2", "C": "3", "D": "4", "answer": "D"}
+    items = [four, {**four, "E": "5", "answer": "E", "reasoning": "첫째"}]
+    file = tmp_path / "dev.jsonl"
+    for row, said in (
+        ({**four, "answer": "E"}, "row 3: answer 'E' is none of ABCD"),
+        ({**four, "answer": "AB"}, "row 3: answer 'AB' is none of ABCD"),
+        ({**four, "answer": ""}, "row 3: answer '' is none of ABCD"),
+        ({**four, "answer": 4}, "line 3: no text under answer; the row has id, question, A, B, C, D, answer"),
+        ({"id": "a", "text": "가"}, "line 3: no text under question, A, B, C, D, answer; the row has id, text"),
+    ):
+        records.write_jsonl(file, items)
+        assert mcq.read_items(file) == mcq.read_items(file, also=("id",)) == items
+        records.write_jsonl(file, [*items, row])
+        with pytest.raises(PipelineError, match=f"dev.jsonl, {said}$"):
+            mcq.read_items(file)
+    records.write_jsonl(file, [{key: value for key, value in four.items() if key != "id"}])
+    assert len(mcq.read_items(file)) == 1
+    with pytest.raises(PipelineError, match="line 1: no text under id"):
+        mcq.read_items(file, also=("id",))
 
 
 def test_read_real_items():

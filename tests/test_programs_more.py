@@ -10,11 +10,11 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 
 import pytest
 
-from medgemma_korean import cli, profiles, records, shapes, training
+from medgemma_korean import cli, profiles, records, training
 from medgemma_korean.cli import PipelineError
 from medgemma_korean.paths import RunPaths
 
@@ -46,7 +46,6 @@ def load(program: str) -> ModuleType:
 
 loop = load("train/train_01_02_loop.py")
 inspect_batches = load("train/inspect_batches.py")
-memory = load("model/check_gpu_memory.py")
 plain_text = load("evaluate/validation_plain_text.py")
 mcq_test = load("evaluate/validation_kor_med_test.py")
 
@@ -78,10 +77,6 @@ def test_options():
     assert (args.target_accuracy, args.max_loops, args.model) == (90.0, 10, "tiny")
     assert mcq_test.make_parser().parse_args(["--final", "--models", "base", "02"]).models == ["base", "02"]
     assert inspect_batches.make_parser().parse_args(["--stage", "01"]).stage == "01"
-    for argv in (["--stage", "03"], ["--micro-batch", "0"]):
-        with pytest.raises(SystemExit) as error:
-            memory.make_parser().parse_args(argv)
-        assert error.value.code == 2
     with pytest.raises(PipelineError, match="at most 100"):
         loop.main(["--target-accuracy", "120"])
 
@@ -100,15 +95,20 @@ def look(step, accuracy, loss=1.6, train_loss=1.5, half=0.05, korean=1.0, englis
 REFERENCE = {"korean": 1.0, "english": 1.0}
 
 
+def limits(patience=2, looks=20):
+    return loop.Limits(0.9, patience, looks)
+
+
 def test_stop_reason():
-    assert loop.stop_reason([], 0.9, 2) is None
-    assert loop.stop_reason([look(1, 0.94)], 0.9, 2) is None  # the accuracy, not the lower end, is above the target
-    assert "target reached" in loop.stop_reason([look(1, 0.2), look(2, 0.96)], 0.9, 2)
+    assert loop.stop_reason([], limits()) is None
+    assert loop.stop_reason([look(1, 0.94)], limits()) is None  # the accuracy, not the lower end, is above the target
+    assert "target reached" in loop.stop_reason([look(1, 0.2), look(2, 0.96)], limits())
     rising = [look(1, 0.2), look(2, 0.3), look(3, 0.3)]
-    assert loop.stop_reason(rising, 0.9, 2) is None
-    assert "plateau: 2 looks" in loop.stop_reason([*rising, look(4, 0.25)], 0.9, 2)
-    assert loop.stop_reason([*rising, look(4, 0.31)], 0.9, 2) is None
-    assert "plateau: 1 look " in loop.stop_reason(rising, 0.9, 1)
+    assert loop.stop_reason(rising, limits()) is None
+    assert "plateau: 2 looks" in loop.stop_reason([*rising, look(4, 0.25)], limits())
+    assert loop.stop_reason([*rising, look(4, 0.31)], limits()) is None
+    assert "plateau: 1 look " in loop.stop_reason(rising, limits(patience=1))
+    assert loop.stop_reason(rising, limits(looks=3)) == "look budget: 3 looks at dev"
 
 
 @pytest.mark.parametrize(
@@ -126,15 +126,17 @@ def test_stop_reason():
 def test_troubles(last, word):
     found = loop.troubles([look(1, 0.3), last], REFERENCE, 1.05)
     assert len(found) == 1 and found[0].startswith(word.split(":")[0]) and word in found[0]
-    assert word in loop.diagnosis([look(1, 0.3), last], 0.9, 5, REFERENCE, 1.05)
+    assert word in loop.diagnosis([look(1, 0.3), last], limits(5), REFERENCE, 1.05)
 
 
 def test_no_trouble():
     # Dev loss up while the training loss is up too is no overfitting; 40 % of one letter is not above 40 %.
     last = look(2, 0.5, loss=1.8, train_loss=1.7, predicted={"A": 40, "B": 60 - 21, "C": 21})
     assert loop.troubles([look(1, 0.4), last], REFERENCE, 1.05) == []
-    line = loop.diagnosis([look(1, 0.4), last], 0.9, 5, REFERENCE, 1.05)
+    line = loop.diagnosis([look(1, 0.4), last], limits(5), REFERENCE, 1.05)
     assert line == "target not reached in 2 looks; best dev 50.0% (45.0% to 55.0%, step 2)"
+    line = loop.diagnosis([look(1, 0.4), last], limits(5), REFERENCE, 1.05, stopped="forgetting: at step 3")
+    assert line.startswith("forgetting: at step 3; best dev")
 
 
 def test_alternate_keeps_every_row_in_order():
@@ -158,97 +160,13 @@ def test_plan_looks_and_stop():
     assert replace(kept, settings=replace(settings, look_every=3)).evaluation_steps == [3, 4, 6, 8, 9, 10]
 
 
-# inspect_batches ----------------------------------------------------------------------------------------
-
-
-def test_segments():
-    ids, labels = [2, 5, 6, 7, 0, 0], [-100, -100, 6, 7, -100, 0]
-    assert inspect_batches.segments(ids, labels, pad=0) == [
-        ("masked", [2, 5]), ("supervised", [6, 7]), ("padding", [0]), ("supervised", [0]),
-    ]  # fmt: skip
-    decoder = SimpleNamespace(decode=lambda found: "".join(f"<{i}>" for i in found))
-    runs = inspect_batches.segments(ids[:5], labels[:5], pad=0)
-    assert inspect_batches.painted(decoder, runs, colour=False) == "<2><5>⟦<6><7>⟧⟪<0>⟫"
-    assert "\033[" in inspect_batches.painted(decoder, runs, colour=True)
-
-
-def test_forbidden_batches():
-    import torch
-
-    def batch(ids, labels, positions, **more):
-        return {key: torch.tensor([v]) for key, v in zip(("input_ids", "labels", "position_ids"), (ids, labels, positions))} | more  # fmt: skip  # noqa: E501, B905
-
-    good = batch([2, 5, 2, 6], [-100, 5, -100, 6], [0, 1, 0, 1])
-    rows = [{"input_ids": [2, 5]}, {"input_ids": [2, 6]}]
-    assert inspect_batches.problems_of_batch(good, rows, pad=0) == []
-    assert "attention mask" in inspect_batches.problems_of_batch({**good, "attention_mask": 1}, rows, 0)[0]
-    assert (
-        "3" not in inspect_batches.problems_of_batch(batch([2, 5, 2, 6], [-100, 5, -100, 6], [0, 1, 2, 3]), rows, 0)[0]
-    )
-    pads = batch([2, 0, 2, 6], [-100, 0, 2, 6], [0, 1, 0, 1])
-    assert [p.split(": ")[1] for p in inspect_batches.problems_of_batch(pads, rows, 0)] == [
-        "padding is supervised", "its first token is predicted from the document before it",
-    ]  # fmt: skip
-
-
-# check_gpu_memory ---------------------------------------------------------------------------------------
-
-SHAPE_4B = shapes.SHAPES["google/medgemma-4b-it"]
-SHAPE_27B = shapes.SHAPES["google/medgemma-27b-text-it"]
-
-
-@pytest.mark.parametrize(
-    ("value", "expected", "tolerance"),
-    [
-        (memory.weight_bytes(SHAPE_4B, "bf16", "bfloat16") / 1e9, 7.8, 0.01),
-        (memory.weight_bytes(SHAPE_4B, "8bit", "bfloat16") / 1e9, 4.6, 0.02),
-        (memory.weight_bytes(SHAPE_27B, "bf16", "bfloat16") / 1e9, 54, 0.01),
-        (memory.weight_bytes(SHAPE_27B, "8bit", "bfloat16") / 1e9, 28.5, 0.01),
-        (memory.weight_bytes(SHAPE_27B, "nf4", "bfloat16") / 1e9, 17, 0.07),  # "about 17"
-        (memory.lora_parameters(SHAPE_4B, 64) / 1e6, 119, 0.005),
-        (memory.lora_parameters(SHAPE_27B, 32) / 1e6, 227, 0.005),
-        (10_000 * SHAPE_4B.hidden / 1e6, 25.6, 0.001),
-        (10_000 * SHAPE_4B.hidden * memory.TRAINED_BYTES / 1e9, 0.41, 0.01),
-        (memory.row_temporaries(replace(SHAPE_4B, rows=272_192), 2) / 1e9, 5.6, 0.01),
-        (memory.row_temporaries(replace(SHAPE_27B, rows=272_192), 2) / 1e9, 11.7, 0.01),
-    ],
-)
-def test_reference_numbers(value, expected, tolerance):
-    assert value == pytest.approx(expected, rel=tolerance)
+# validation ---------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def empty_root(tmp_path, monkeypatch):
     monkeypatch.setenv("MEDGEMMA_KOREAN_ROOT", str(tmp_path))
     return tmp_path
-
-
-def test_memory_verdict(empty_root, capsys):
-    assert memory.main(["--model", "medgemma-4b", "--available", "80"]) == 0
-    text = capsys.readouterr().out
-    assert "predictions, not measurements" in text and "verdict: fits" in text and "stage 02" in text
-    with pytest.raises(PipelineError, match="--precision nf4") as error:
-        memory.main(["--model", "medgemma-27b", "--stage", "00", "--available", "48"])
-    assert error.value.exit_code == 2 and "a card of 80 GB" in str(error.value)
-
-
-def test_memory_cases(empty_root):
-    args = memory.make_parser().parse_args(["--model", "medgemma-4b"])
-    profile, paths = cli.resolve(args)
-    found = memory.cases(profile, paths, args)
-    assert found["00"].shape.rows == 272_192 and found["02"].new_tokens == 0
-    parts = memory.predict(found["00"])
-    assert parts["trained rows, gradient, Adam"] / 1e9 == pytest.approx(0.41, rel=0.01)
-    without = memory.predict(replace(found["00"], checkpointing=False))
-    assert without["activations"] > 10 * parts["activations"]
-    assert memory.total(replace(found["00"], precision="nf4")) < memory.total(found["00"])
-    # The raw model's own configuration wins over the table.
-    config = {"text_config": {"num_hidden_layers": 2, "hidden_size": 8, "intermediate_size": 16}}
-    records.write_json(paths.raw_model / "config.json", config)
-    assert memory.read_shape(profile, paths) == memory.Shape(2, 8, 16, 8, 4, 256, 262_208, 262_208)
-
-
-# validation ---------------------------------------------------------------------------------------------
 
 
 def test_perplexity_is_a_value_a_token():
@@ -400,21 +318,27 @@ def test_validation_programs(chain, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", ["00", "01", "02"])
+@pytest.mark.parametrize("stage", ["00", "01", "02", "loop"])
 def test_inspect_batches(chain, stage, capsys, monkeypatch):
     argv = ["--stage", stage, "--rows", "2", "--max-samples", "40"]
     assert inspect_batches.main(argv) == 0
     text = capsys.readouterr().out
     assert "⟦" in text and "no forbidden state" in text and "\033[" not in text
+    assert text.count("--- row ") == 2 and f"=== stage {stage}: " in text
     if stage == "02":
-        assert "its evaluation prompt" in text
+        assert "--- its evaluation prompt is exactly its first " in text
+        with monkeypatch.context() as patch:
+            patch.setattr(sys.stdout, "isatty", lambda: True)
+            assert inspect_batches.main(argv) == 0
+        assert "\033[1;32m" in capsys.readouterr().out
         real = inspect_batches.plan_of
 
         def spoilt(*args):
             plan = real(*args)
-            plan.rows[3]["labels"] = list(plan.rows[3]["input_ids"])  # the prompt is trained too
+            plan.rows[3]["labels"] = plan.rows[3]["input_ids"]  # the prompt is trained too
             return plan
 
         monkeypatch.setattr(inspect_batches, "plan_of", spoilt)
-        with pytest.raises(PipelineError, match="row 3"):
+        with pytest.raises(PipelineError, match="row 4: the evaluation prompt is not its prefix") as error:
             inspect_batches.main(argv)
+        assert error.value.exit_code == 2

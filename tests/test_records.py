@@ -55,6 +55,28 @@ def test_rows_before_the_bad_line_are_streamed(tmp_path):
         next(reader)
 
 
+def test_a_row_that_lacks_text_is_named(tmp_path):
+    lines = b'{"text": "a", "n": 1}\n\n{"n": "2", "text": ""}\n{"n": 3, "text": null}\n'
+    reader = records.read_jsonl(write(tmp_path / "x.jsonl", lines), needs=("text",))
+    assert [next(reader), next(reader)] == [{"text": "a", "n": 1}, {"n": "2", "text": ""}]
+    with pytest.raises(PipelineError, match=r"x.jsonl, line 4: no text under text; the row has n, text$"):
+        next(reader)
+    with pytest.raises(PipelineError, match=r"x.jsonl, line 1: no text under n, term; the row has text, n$"):
+        next(records.read_jsonl(tmp_path / "x.jsonl", needs=("text", "n", "term")))
+    with pytest.raises(PipelineError, match="line 1: no text under text; the row has no keys"):
+        next(records.read_jsonl(write(tmp_path / "y.jsonl", b"{}"), needs=("text",)))
+
+
+def test_a_list_names_its_row(tmp_path):
+    file = write(tmp_path / "x.json", b'[{"term": "a", "definition": "b"}, {"term": "c"}]')
+    assert records.read_list(file, needs=("term",)) == records.read_json(file)
+    with pytest.raises(PipelineError, match=r"x.json, row 2: no text under definition; the row has term$"):
+        records.read_list(file, needs=("term", "definition"))
+    for data in (b'{"term": "a"}', b'["a"]'):
+        with pytest.raises(PipelineError, match="expected a JSON list of objects"):
+            records.read_list(write(file, data))
+
+
 @pytest.mark.parametrize("name", ["x.jsonl.gz", "c4-ko.tfrecord-00000-of-01024.json.gz"])
 def test_gzip_rows(tmp_path, name):
     """C4 ships JSON lines under .json.gz."""

@@ -75,6 +75,33 @@ def test_special_tokens_in_a_text_are_text():
     assert tf.tokenizer()("<bos>", add_special_tokens=False)["input_ids"] == [2]  # templates still use them
 
 
+@pytest.mark.parametrize("characters", [1, 50, 200_000])
+def test_many_texts_encode_as_each_alone(monkeypatch, characters):
+    monkeypatch.setattr(tokenizers, "CHUNK", characters)
+    tokenizer = tf.tokenizer()
+    texts = [
+        "",
+        *tf.texts(60, seed=4),
+        *tokenizers.random_texts(300, seed=5),
+        *tokenizers.CODE,
+        " ".join(tf.KOREAN * 9),
+    ]
+    texts += ["<bos>모델의 <pad>와 <end_of_turn>\n", "", " 앞 칸", "\u3000\u200b\x00"]
+    tokenizer(texts[:3], padding=True, truncation=True, max_length=4)  # leaves its settings in the tokenizer
+    found = list(tokenizers.encode_all(tokenizer, iter(texts)))
+    assert found == [encode(tokenizer, text) for text in texts] and found[0] == []
+    assert list(tokenizers.encode_all(tokenizer, [])) == []
+    assert tokenizer("<bos>", add_special_tokens=False)["input_ids"] == [2]  # as templates need it afterwards
+
+
+def test_many_texts_are_read_a_chunk_at_a_time(monkeypatch):
+    monkeypatch.setattr(tokenizers, "CHUNK", 100)
+    read = []
+    texts = (read.append(n) or "가나다라 " * 10 for n in range(1000))
+    next(tokenizers.encode_all(tf.tokenizer(), texts))
+    assert len(read) == 2
+
+
 def test_chat_template():
     tokenizer = tf.base_tokenizer()
     turns = [

@@ -1,263 +1,12 @@
-"""Rows to labels, packing without leaks, the trainer and its guards, checkpoints: real TRL, PEFT and bitsandbytes."""
+"""The trainer and its guards, checkpoints and resume: real TRL, PEFT and bitsandbytes."""
 
-import random
 import shutil
-from collections import Counter
 
 import pytest
 import torch_fixtures as tf
 
-from medgemma_korean import cli, evaluation, modeling, prompts, records, training
-from medgemma_korean import tokenizer as tokenizers
-from medgemma_korean.cli import Interrupted, PipelineError
-from medgemma_korean.training import MASKED, check_rows, exchange_row, mcq_row, mixed, pack, sample, show_row, text_rows
-
-ITEM = {**tf.ITEMS[1], "reasoning": "첫째: 혈압을 본다\n넷째: A) 아니다 5%, B) 맞다 95%"}
-OPTIONS = "A) 항생제를 투여한다\nB) 수술\nC) 혈압을 확인한다\nD) 투석을 받는다\nE) 경과를 관찰한다"
-
-
-def exchange(prompt, completion, max_length=512):
-    return exchange_row(tf.tokenizer(), prompt, completion, max_length)
-
-
-def exchanges(number, seed=1):
-    """Dictionary-like rows with new tokens in them."""
-    rng = random.Random(seed)
-    words = " ".join(tf.KOREAN).split()
-    return [exchange(prompts.dictionary(rng.choice(words)), rng.choice(tf.KOREAN)[:30]) for _ in range(number)]
-
-
-def documents(number, max_length=48, seed=2):
-    return [row for text in tf.texts(number, seed) for row in text_rows(tf.tokenizer(), text, max_length)]
-
-
-# rows ---------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "prompt, completion, expected",
-    [
-        (
-            prompts.dictionary("고혈압"),
-            "혈압이 높은 상태",
-            "Meaning of word 고혈압:<end_of_turn>\n<start_of_turn>model\n⟦혈압이 높은 상태<end_of_turn>\n⟧",
-        ),
-        (
-            prompts.dictionary_reverse("혈압이 높은 상태"),
-            "고혈압",
-            "다음 뜻에 맞는 의학 용어: 혈압이 높은 상태<end_of_turn>\n<start_of_turn>model\n⟦고혈압<end_of_turn>\n⟧",
-        ),
-        (
-            prompts.to_korean("The patient feels dizzy."),
-            "환자는 어지럽다.",
-            "다음 영어 문장을 한국어로 번역하세요.\n\nThe patient feels dizzy.<end_of_turn>\n"
-            "<start_of_turn>model\n⟦환자는 어지럽다.<end_of_turn>\n⟧",
-        ),
-        (
-            prompts.mcq_direct(ITEM),
-            ITEM["answer"],
-            f"정답 알파벳만 답하세요 (A, B, C, D, E 중 하나).\n\n{tf.KOREAN[1]}\n{OPTIONS}<end_of_turn>\n"
-            "<start_of_turn>model\n⟦B<end_of_turn>\n⟧",
-        ),
-        (
-            prompts.mcq_reasoning(ITEM),
-            prompts.mcq_reasoned_answer(ITEM),
-            f"Reasoning 후 정답 알파벳 하나만 답하세요.\n\n{tf.KOREAN[1]}\n{OPTIONS}<end_of_turn>\n"
-            "<start_of_turn>model\n"
-            "⟦<reasoning>\n첫째: 혈압을 본다\n넷째: A) 아니다 5%, B) 맞다 95%\n</reasoning>B<end_of_turn>\n⟧",
-        ),
-    ],
-    ids=["dictionary", "reverse", "translation", "direct", "reasoned"],
-)
-def test_what_is_supervised(prompt, completion, expected):
-    tokenizer = tf.tokenizer()
-    row = exchange(prompt, completion)
-    assert show_row(tokenizer, row) == f"<bos><start_of_turn>user\n{expected}"
-    assert row["input_ids"].count(tokenizer.bos_token_id) == 1 and row["input_ids"][0] == tokenizer.bos_token_id
-    newline, end = tokenizer.convert_tokens_to_ids(["\n", "<end_of_turn>"])
-    assert row["labels"][-2:] == row["input_ids"][-2:] == [end, newline]
-    asked, _ = prompts.render(tokenizer, prompt)
-    start = next(i for i, label in enumerate(row["labels"]) if label != MASKED)
-    assert row["input_ids"][:start] == asked  # what evaluation asks is an exact prefix
-    check_rows([row], tokenizer, packed=False)
-
-
-def test_plain_text_is_supervised_whole():
-    (row,) = text_rows(tf.tokenizer(), tf.KOREAN[0], 256)
-    assert show_row(tf.tokenizer(), row) == f"⟦<bos>{tf.KOREAN[0]}<eos>⟧"
-
-
-def test_special_tokens_written_in_a_text_do_not_stop_a_training():
-    rows = text_rows(tf.tokenizer(), "토큰 <bos>, <pad>, <start_of_turn>은 무엇인가", 24)
-    check_rows(rows, tf.tokenizer(), packed=False)
-
-
-def test_a_row_that_is_too_long_is_none():
-    row = exchange("가", "나")
-    assert exchange("가", "나", len(row["input_ids"])) == row
-    assert exchange("가", "나", len(row["input_ids"]) - 1) is None
-
-
-@pytest.mark.parametrize("width", [3, 7, 16, 41, 42, 43, 500])
-def test_a_long_text_becomes_several_rows_without_loss(width):
-    tokenizer, text = tf.tokenizer(), " ".join(tf.texts(2, seed=5))
-    ids = tokenizers.encode(tokenizer, text)
-    rows = text_rows(tokenizer, text, width)
-    inner = [i for row in rows for i in row["input_ids"] if i not in (1, 2)]
-    assert inner == ids
-    assert all(row["input_ids"][0] == 2 and len(row["input_ids"]) <= width for row in rows)
-    assert all(row["labels"] == row["input_ids"] and row["labels"] is not row["input_ids"] for row in rows)
-    assert [1 in row["input_ids"] for row in rows] == [False] * (len(rows) - 1) + [True]
-    assert text_rows(tokenizer, "", width) == []
-
-
-def direct(item):
-    return prompts.mcq_direct(item), item["answer"]
-
-
-def test_a_long_question_loses_its_beginning_only():
-    question = " ".join(tf.KOREAN[:6]) + " 다음 중 가장 먼저 할 일은?"
-    item, counts = {**ITEM, "question": question}, {}
-    whole = mcq_row(tf.tokenizer(), item, 4096, direct, counts)
-    assert counts == {}
-    row = mcq_row(tf.tokenizer(), item, len(whole["input_ids"]) - 1, direct, counts)
-    assert counts == {"shortened": 1} and len(row["input_ids"]) < len(whole["input_ids"])
-    text = show_row(tf.tokenizer(), row)
-    asked = text.split("\n\n", 1)[1].split("\nA) ")[0]
-    assert asked.startswith("…") and question.endswith(asked[1:]) and asked.endswith("가장 먼저 할 일은?")
-    assert text.endswith(f"{OPTIONS}<end_of_turn>\n<start_of_turn>model\n⟦B<end_of_turn>\n⟧")
-    check_rows([row], tf.tokenizer(), packed=False)
-
-
-def test_a_question_that_cannot_fit_is_dropped_and_counted():
-    counts = {}
-    item = {**ITEM, "question": tf.KOREAN[0] * 3, "A": " ".join(tf.KOREAN)}
-    assert mcq_row(tf.tokenizer(), item, 100, direct, counts) is None
-    assert mcq_row(tf.tokenizer(), {**item, "question": "?"}, 100, direct, counts) is None
-    assert counts == {"too_long": 2}
-
-
-def test_losses_are_refused_above_five_percent():
-    training.refuse_losses("train_x", 5, 100)
-    training.refuse_losses("train_x", 0, 0)
-    with pytest.raises(PipelineError, match="6 of 100 rows"):
-        training.refuse_losses("train_x", 6, 100)
-
-
-# order --------------------------------------------------------------------------------------------------
-
-
-def numbered(number, length=10, first=0):
-    return [{"input_ids": [first + i] * length, "labels": []} for i in range(number)]
-
-
-def test_epochs_are_shuffled_apart_and_the_same_again():
-    def lay_out(seed):
-        return training.epochs_of(lambda epoch: numbered(20, first=100 * epoch), 3, seed)
-
-    rows = lay_out(17)
-    assert rows == lay_out(17) != lay_out(18)
-    epochs = [[row["input_ids"][0] for row in rows[i : i + 20]] for i in (0, 20, 40)]
-    assert [sorted(epoch) for epoch in epochs] == [list(range(e, e + 20)) for e in (0, 100, 200)]
-    assert len({tuple(i % 100 for i in epoch) for epoch in epochs}) == 3
-
-
-@pytest.mark.parametrize("share", [0.05, 0.25, 0.4])
-@pytest.mark.parametrize("length", [3, 10, 31])
-def test_replay_holds_its_share_of_tokens_and_is_spread(share, length):
-    main, replay = numbered(200), numbered(12, length, first=1000)
-    rows = mixed(main, replay, share, seed=5)
-    assert rows == mixed(main, replay, share, seed=5)
-    assert [row for row in rows if row["input_ids"][0] < 1000] == main  # its own order
-    replayed = [row for row in rows if row["input_ids"][0] >= 1000]
-    tokens = sum(len(row["input_ids"]) for row in replayed)
-    assert tokens / (2000 + tokens) == pytest.approx(share, abs=length / 2000)
-    uses = Counter(row["input_ids"][0] for row in replayed)
-    assert max(uses.values()) - min(uses.values() if len(uses) == 12 else [0]) <= 1  # repeated only when all were used
-    for half in (rows[: len(rows) // 2], rows[len(rows) // 2 :]):
-        inside = sum(row["input_ids"][0] >= 1000 for row in half)
-        assert abs(inside - len(replayed) / 2) <= 1
-
-
-def test_no_replay():
-    assert mixed(numbered(3), [], 0.5, 1) == mixed(numbered(3), numbered(3), 0.0, 1) == numbered(3)
-
-
-def test_sample_is_drawn_by_seed_and_keeps_the_order():
-    rows = list(range(1000))
-    drawn = sample(rows, 50, 1)
-    assert drawn == sample(rows, 50, 1) != sample(rows, 50, 2)
-    assert drawn == sorted(set(drawn)) and drawn != rows[:50] and max(drawn) > 500
-    assert sample(rows, None, 1) == sample(rows, 1000, 1) == sample(rows, 5000, 1) == rows
-
-
-def test_replay_texts_are_half_korean(tmp_path):
-    paths = tf.paths()
-    records.write_jsonl(paths.plain_text / "train.jsonl", [{"text": t} for t in tf.texts(30, 1, tf.KOREAN)])
-    records.write_jsonl(paths.english_replay / "train.jsonl", [{"text": t} for t in tf.texts(9, 1, tf.ENGLISH)])
-    rows = training.replay_texts(tf.tokenizer(), paths, 64, seed=3)
-    korean = sum(any("가" <= c <= "힣" for c in tf.tokenizer().decode(row["input_ids"])) for row in rows)
-    assert len(rows) == 2 * korean > 0
-    assert rows == training.replay_texts(tf.tokenizer(), paths, 64, seed=3)
-
-
-# packing ------------------------------------------------------------------------------------------------
-
-
-def test_packing_loses_and_cuts_nothing():
-    rows = [*documents(40), *exchanges(10)]
-    rows = [row for row in rows if len(row["input_ids"]) <= 64]
-    packed = pack(rows, 64)
-    assert len(packed) < len(rows)
-    found = []
-    for row in packed:
-        assert len(row["input_ids"]) == len(row["labels"]) == sum(row["seq_lengths"]) <= 64
-        start = 0
-        for length in row["seq_lengths"]:
-            found.append((row["input_ids"][start : start + length], row["labels"][start : start + length]))
-            start += length
-    assert sorted(found) == sorted((row["input_ids"], row["labels"]) for row in rows)
-    check_rows(packed, tf.tokenizer(), packed=True)
-    assert pack([], 64) == []
-    with pytest.raises(AssertionError, match="longer than a packed sequence"):
-        pack(rows, 8)
-
-
-# forbidden states ---------------------------------------------------------------------------------------
-
-
-def changed(**values):
-    row = exchange("고혈압은?", "혈압이 높다")
-    return {**row, **{key: change(list(row[key])) for key, change in values.items()}}
-
-
-@pytest.mark.parametrize(
-    "row, why",
-    [
-        (lambda: changed(labels=lambda x: x[:-1]), "lengths differ"),
-        (lambda: changed(labels=lambda x: [MASKED] * len(x)), "nothing is supervised"),
-        (lambda: changed(labels=lambda x: [2] + [MASKED] * (len(x) - 1)), "nothing is supervised"),
-        (lambda: changed(input_ids=lambda x: [*x, 0], labels=lambda x: [*x, MASKED]), "holds padding"),
-        (lambda: changed(labels=lambda x: [*x[:-1], 77]), "foreign label"),
-        (lambda: changed(input_ids=lambda x: x[1:], labels=lambda x: x[1:]), "no <bos>"),
-        (lambda: changed(input_ids=lambda x: [2, *x], labels=lambda x: [MASKED, *x]), "doubled <bos>"),
-        (lambda: changed(labels=lambda x: [*x[:-2], MASKED, MASKED]), "end of turn not supervised"),
-        (lambda: {**pack(documents(3), 128)[0]}, "packed row in an unpacked stage"),
-    ],
-)
-def test_forbidden_rows(row, why):
-    good = exchange("가", "나")
-    with pytest.raises(AssertionError, match=f"row 1: {why}"):
-        check_rows([good, row()], tf.tokenizer(), packed=False)
-
-
-def test_forbidden_packed_rows():
-    row = pack([r for r in documents(3) if len(r["input_ids"]) > 2], 128)[0]
-    first, second, *rest = row["seq_lengths"]
-    for lengths in ([first - 1, second + 1, *rest], [first + second, *rest]):
-        with pytest.raises(AssertionError, match="no <bos>|doubled <bos>"):
-            check_rows([{**row, "seq_lengths": lengths}], tf.tokenizer(), packed=True)
-
+from medgemma_korean import batches, cli, evaluation, modeling, prompts, records, training
+from medgemma_korean.cli import GateError, Interrupted, PipelineError
 
 # a training ---------------------------------------------------------------------------------------------
 
@@ -285,7 +34,7 @@ HELD_OUT = 3
 
 
 def plan_of(rows, packed=False, **changes):
-    held_out = exchanges(HELD_OUT, seed=9)
+    held_out = tf.exchanges(HELD_OUT, seed=9)
 
     def look(model):
         return {"loss": evaluation.completion_loss(model, held_out, tf.tokenizer(), 4)}
@@ -301,7 +50,8 @@ def run(folder, plan, at_step=None, precision="8bit", adapter=None, model=None, 
     model = model or tf.trainable_model(precision, adapter, **profile)
     stage = StageStub(at_step)
     values = tf.profile(**profile)
-    return training.train(model, tf.tokenizer(), plan, folder, values, tf.paths(), stage), model
+    start = adapter or tf.adapter_folder()
+    return training.train(model, tf.tokenizer(), plan, folder, values, tf.paths(), stage, start), model
 
 
 def losses(folder, step):
@@ -337,7 +87,7 @@ def kill_after(step):
     "packed", [pytest.param(False, id="exchanges", marks=pytest.mark.slow), pytest.param(True, id="packed text")]
 )
 def test_an_interrupted_training_ends_with_the_same_bytes(tmp_path, packed):
-    rows = pack(documents(22), 48) if packed else exchanges(22)
+    rows = batches.pack(tf.documents(22), 48) if packed else tf.exchanges(22)
     plan = plan_of(rows[:22], packed, settings={"evaluations": 3}, rows_only_steps=2)
     assert (plan.steps, plan.evaluation_steps) == (6, [2, 4, 6])  # the last batch holds two rows
     whole, _ = run(tmp_path / "whole", plan)
@@ -361,7 +111,7 @@ def test_an_interrupted_training_ends_with_the_same_bytes(tmp_path, packed):
 
 
 def test_a_training_learns_and_reports_what_it_did(tmp_path):
-    plan = plan_of(exchanges(8) * 3, settings={"evaluations": 3})
+    plan = plan_of(tf.exchanges(8) * 3, settings={"evaluations": 3})
     outcome, model = run(tmp_path, plan)
     assert outcome.steps == 6 and [entry["step"] for entry in outcome.history] == [2, 4, 6]
     seen = losses(tmp_path, 6)
@@ -385,7 +135,7 @@ def test_a_training_learns_and_reports_what_it_did(tmp_path):
 
 def test_the_loss_is_that_of_the_supervised_tokens(tmp_path):
     """TRL's chunked head sees the trained rows, micro-batches weigh by tokens, and prompts do not count."""
-    rows = exchanges(4, seed=4)
+    rows = tf.exchanges(4, seed=4)
     model = tf.trainable_model("fp32", tf.moved_adapter_folder())
     direct = evaluation.completion_loss(model, rows, tf.tokenizer(), 1)
     run(tmp_path, plan_of(rows), precision="fp32", model=model)
@@ -393,7 +143,7 @@ def test_the_loss_is_that_of_the_supervised_tokens(tmp_path):
 
 
 def test_gradient_checkpointing_trains_the_same(tmp_path):
-    plan = plan_of(exchanges(12))
+    plan = plan_of(tf.exchanges(12))
     run(tmp_path / "without", plan, precision="fp32")
     run(tmp_path / "with", plan, precision="fp32", gradient_checkpointing=True)
     assert losses(tmp_path / "with", 3) == pytest.approx(losses(tmp_path / "without", 3), rel=1e-5)
@@ -403,7 +153,7 @@ def test_gradient_checkpointing_trains_the_same(tmp_path):
 def test_while_only_rows_train_lora_stays(tmp_path, first, moved):
     model = tf.trainable_model(adapter=tf.moved_adapter_folder())
     before = adapter_of(model)
-    run(tmp_path, plan_of(exchanges(12), rows_only_steps=first), model=model)
+    run(tmp_path, plan_of(tf.exchanges(12), rows_only_steps=first), model=model)
     for name, now in adapter_of(model).items():
         assert (now == before[name]).all() == ("lora" in name and not moved), name
 
@@ -415,7 +165,7 @@ def test_bfloat16_base_with_float32_adapter(tmp_path):
     model = tf.trainable_model(adapter=tf.moved_adapter_folder(), dtype="bfloat16")
     before = adapter_of(model)
     assert model.get_base_model().dtype == torch.bfloat16
-    outcome, model = run(tmp_path, plan_of(exchanges(8), rows_only_steps=2), model=model, dtype="bfloat16")
+    outcome, model = run(tmp_path, plan_of(tf.exchanges(8), rows_only_steps=2), model=model, dtype="bfloat16")
     after = adapter_of(model)
     assert {p.dtype for p in after.values()} == {torch.float32}
     assert all(torch.equal(p, before[n].float()) for n, p in after.items() if "lora" in n)
@@ -423,7 +173,7 @@ def test_bfloat16_base_with_float32_adapter(tmp_path):
 
 
 def test_learning_rates_by_kind_and_no_decay(tmp_path, monkeypatch):
-    trainer = built(tmp_path, monkeypatch, plan_of(exchanges(4), settings={"row_learning_rate": 1e-4}))
+    trainer = built(tmp_path, monkeypatch, plan_of(tf.exchanges(4), settings={"row_learning_rate": 1e-4}))
     groups = trainer.create_optimizer().param_groups
     assert [(g["lr"], g["weight_decay"]) for g in groups] == [(5e-3, 0.0), (1e-4, 0.0)]
     assert [len(g["params"]) for g in groups] == [28, 1]
@@ -451,7 +201,7 @@ def built(folder, monkeypatch, plan, precision="8bit"):
 def test_documents_do_not_see_each_other(tmp_path, monkeypatch, precision, packed):
     import torch
 
-    rows = pack([r for r in documents(12) if len(r["input_ids"]) > 4], 64) if packed else exchanges(4)
+    rows = batches.pack([r for r in tf.documents(12) if len(r["input_ids"]) > 4], 64) if packed else tf.exchanges(4)
     trainer = built(tmp_path, monkeypatch, plan_of(rows, packed), precision)
     model = trainer.model.train()
     batch = trainer.data_collator([trainer.train_dataset[i] for i in range(2)])
@@ -460,7 +210,7 @@ def test_documents_do_not_see_each_other(tmp_path, monkeypatch, precision, packe
     assert starts == [sum(lengths[:i]) for i in range(len(lengths))] and len(starts) > 1
     labels = batch.pop("labels")
     assert labels.shape == batch["input_ids"].shape == (1, sum(lengths))
-    assert (labels[0, starts] == MASKED).all() and "attention_mask" not in batch
+    assert (labels[0, starts] == batches.MASKED).all() and "attention_mask" not in batch
 
     def logits(change):
         ids = batch["input_ids"].clone()
@@ -491,18 +241,186 @@ def test_a_loss_that_is_not_finite_stops_the_training(tmp_path):
     model = tf.trainable_model("fp32")
     next(p for n, p in model.named_parameters() if "lora_A" in n).data.fill_(float("nan"))
     with pytest.raises(PipelineError, match="train_test: the loss is nan .* at step 1.*--learning-rate"):
-        run(tmp_path, plan_of(exchanges(12)), model=model)
+        run(tmp_path, plan_of(tf.exchanges(12)), model=model)
     assert not list(tmp_path.glob("checkpoint-*"))
 
 
 def test_no_rows_is_an_error(tmp_path):
     with pytest.raises(PipelineError, match="train_test: no rows to train on"):
-        training.train(None, tf.tokenizer(), plan_of([]), tmp_path, tf.profile(), tf.paths(), StageStub())
+        training.train(None, tf.tokenizer(), plan_of([]), tmp_path, tf.profile(), tf.paths(), StageStub(), tmp_path)
 
 
 def test_bad_rows_never_reach_the_model(tmp_path):
-    with pytest.raises(AssertionError, match="padding"):
-        run(tmp_path, plan_of([changed(input_ids=lambda x: [*x, 0], labels=lambda x: [*x, 0])]))
+    row = tf.exchanges(1)[0]
+    padded = {"input_ids": [*row["input_ids"], 0], "labels": [*row["labels"], 0]}
+    with pytest.raises(PipelineError, match="row 1: padding is supervised"):
+        run(tmp_path, plan_of([padded]))
+
+
+def test_no_space_for_the_next_checkpoint_is_said_with_what_is_needed(tmp_path, monkeypatch):
+    plan = plan_of(tf.exchanges(24), settings={"evaluations": 3})
+    whole, _ = run(tmp_path / "whole", plan)
+    folder, disk = tmp_path / "full", shutil.disk_usage
+
+    def full_after(step):
+        if step == 3:
+            monkeypatch.setattr(training.shutil, "disk_usage", lambda path: disk(path)._replace(free=5000))
+
+    with pytest.raises(
+        PipelineError, match=r"needs 1\.\d MB, 5\.0 kB are free .*stopped at step 4; the last checkpoint"
+    ):
+        run(folder, plan, full_after)
+    assert [p.name for p in folder.glob("checkpoint-*")] == ["checkpoint-2"]
+    monkeypatch.setattr(training.shutil, "disk_usage", disk)
+    continued, _ = run(folder, plan)
+    assert continued.history == whole.history
+    assert (continued.best / tf.ADAPTER).read_bytes() == (whole.best / tf.ADAPTER).read_bytes()
+
+
+def test_a_disk_that_fills_while_a_checkpoint_is_written(tmp_path, monkeypatch):
+    import torch
+
+    disk, save = shutil.disk_usage, torch.save
+
+    def fail(*args, **kwargs):
+        monkeypatch.setattr(training.shutil, "disk_usage", lambda path: disk(path)._replace(free=0))
+        raise RuntimeError("[enforce fail at inline_container.cc] . PytorchStreamWriter failed writing file")
+
+    monkeypatch.setattr(torch, "save", fail)
+    with pytest.raises(PipelineError, match="no space for the next checkpoint: .*PytorchStreamWriter"):
+        run(tmp_path, plan_of(tf.exchanges(8)))
+    monkeypatch.setattr(torch, "save", save)
+    monkeypatch.setattr(training.shutil, "disk_usage", disk)
+    assert run(tmp_path, plan_of(tf.exchanges(8)))[0].steps == 2  # the torn checkpoint is stepped over
+
+
+def test_other_rows_than_those_of_the_checkpoint_are_refused(tmp_path):
+    with pytest.raises(Interrupted):
+        run(tmp_path, plan_of(tf.exchanges(12)), stop_after(2))
+    cli._stop_requested.clear()
+    with pytest.raises(PipelineError, match=r"train_test: the rows laid out now \(12\) are not those .*--force"):
+        run(tmp_path, plan_of(tf.exchanges(12, seed=2)))
+    assert run(tmp_path, plan_of(tf.exchanges(12)))[0].steps == 3
+
+
+# memory -------------------------------------------------------------------------------------------------
+
+
+def short_of_memory(model, rows, after=0):
+    """Make the forward pass of more than so many rows fail as CUDA's does, after a number of good ones."""
+    import torch
+
+    calls = []
+
+    def check(module, args, kwargs):
+        if "fused_lm_head" in kwargs and (kwargs["position_ids"] == 0).sum() > rows:
+            calls.append(1)
+            if len(calls) > after:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 4.51 GiB.")
+
+    model.register_forward_pre_hook(check, with_kwargs=True)
+    return model
+
+
+@pytest.mark.parametrize("after", [0, 4], ids=["at once", "after two checkpoints"])
+def test_memory_that_does_not_suffice_halves_the_rows_of_a_pass_and_not_the_batch(tmp_path, after, caplog):
+    plan = plan_of(tf.exchanges(16), settings={"evaluations": 4})
+    whole, _ = run(tmp_path / "whole", plan, precision="fp32")
+    model = short_of_memory(tf.trainable_model("fp32"), 1, after)
+    with caplog.at_level("WARNING", "medgemma_korean"):
+        halved, _ = run(tmp_path / "halved", plan, precision="fp32", model=model)
+    assert "going on with 1 row a forward pass; 4 rows an optimizer step as before" in caplog.text
+    assert (whole.micro_batch, halved.micro_batch, halved.steps) == (2, 1, 4)
+    assert losses(tmp_path / "halved", 4) == pytest.approx(losses(tmp_path / "whole", 4), rel=1e-4)
+    assert tf.read(tmp_path / "halved" / training.MICRO_BATCH) == {"micro_batch": 1}
+
+
+def test_memory_that_does_not_suffice_for_one_row_is_one_error(tmp_path):
+    model = short_of_memory(tf.trainable_model("fp32"), 0)
+    with pytest.raises(PipelineError, match=r"with one row at a time \(CUDA out of memory. Tried.*check_gpu_memory"):
+        run(tmp_path, plan_of(tf.exchanges(8)), model=model)
+
+
+# forgetting ---------------------------------------------------------------------------------------------
+
+
+def watched(bits, **settings):
+    """A plan with the looks of every second step, whose watched text takes these bits: before, and at each look."""
+    values = iter(bits)
+    looks = iter([0.5, 0.6, 0.7, 0.8])
+    return plan_of(
+        tf.exchanges(32),
+        metric="accuracy",
+        larger=True,
+        evaluate=lambda model: {"accuracy": next(looks)},
+        monitor=lambda model: {"korean_bits": next(values), "english_bits": 2.0},
+        settings={"evaluations": 4, "max_forgetting": 0.05, **settings},
+    )
+
+
+def test_forgetting_stops_a_training_and_goes_back(tmp_path):
+    outcome, _ = run(tmp_path, watched([4.0, 4.1, 4.19, 4.4, 4.0]))
+    assert (outcome.steps, outcome.best_step) == (6, 4)
+    assert outcome.stopped.startswith("forgetting: at step 6 held-out text takes 10.0% more bits per character")
+    assert [e["forgetting"] for e in outcome.history] == pytest.approx([0.025, 0.0475, 0.1])
+    # The same command again trains nothing more and ends with the same.
+    again, _ = run(tmp_path, watched([9.9] * 5))
+    assert (again.history, again.best_step) == (outcome.history, 4)
+
+
+def test_between_looks_only_the_held_out_text_is_looked_at(tmp_path):
+    plan = watched([4.0, 4.0, 4.0, 4.0, 4.9], monitor_every=1)
+    assert (plan.evaluation_steps, plan.monitor_steps) == ([2, 4, 6, 8], [1, 2, 3, 4, 5, 6, 7])
+    outcome, _ = run(tmp_path, plan)
+    assert (outcome.steps, outcome.best_step) == (4, 2)  # the look of step 4 has forgotten, so it is not the best
+    assert ["accuracy" in entry for entry in outcome.history] == [False, True, False, True]
+
+
+def test_a_training_that_only_forgot_fails(tmp_path):
+    with pytest.raises(GateError, match="forgetting: at step 2 .*no checkpoint from before.*--learning-rate"):
+        run(tmp_path, watched([4.0, 5.0]))
+
+
+def test_a_look_that_is_no_number_stops_the_training(tmp_path):
+    with pytest.raises(PipelineError, match="train_test: korean_bits, forgetting at step 4 is no finite number"):
+        run(tmp_path, watched([4.0, 4.0, float("nan")]))
+    assert [p.name for p in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
+
+
+def test_a_provoked_case_is_stopped_and_the_best_checkpoint_is_the_result(tmp_path):
+    """Dictionary rows alone at a high rate: held-out text is really forgotten, and what is kept is from before."""
+    texts = tf.texts(6, 8, tf.ENGLISH)
+
+    def bits(model):
+        return {"korean_bits": evaluation.bits_per_character(model, tf.tokenizer(), texts, 64, 4)}
+
+    # A model that has learned English first, so that there is something to forget.
+    english = [row for text in tf.texts(60, 7, tf.ENGLISH) for row in batches.text_rows(tf.tokenizer(), [text], 64)]
+    learned, model = run(tmp_path / "english", plan_of(english), precision="fp32")
+    held_out = tf.exchanges(3, seed=9)
+    plan = plan_of(
+        tf.exchanges(48),
+        settings={"learning_rate": 0.05, "row_learning_rate": 0.05, "evaluations": 12, "max_forgetting": 0.05},
+        monitor=bits,
+        evaluate=lambda model: {"loss": evaluation.completion_loss(model, held_out, tf.tokenizer(), 4)},
+    )
+    before = bits(model)["korean_bits"]
+    outcome, model = run(tmp_path / "dictionary", plan, precision="fp32", adapter=learned.best, model=model)
+    assert outcome.steps < plan.steps and "forgetting" in outcome.stopped
+    assert bits(model)["korean_bits"] > 1.05 * before
+    modeling.load_adapter_weights(model, outcome.best)
+    kept = [entry for entry in outcome.history if entry["forgetting"] <= 0.05]
+    assert bits(model)["korean_bits"] <= 1.05 * before
+    assert plan.evaluate(model)["loss"] == min(entry["loss"] for entry in kept)
+
+
+def test_samples_are_answers_to_the_evaluation_prompt(tmp_path, caplog):
+    asked = prompts.mcq_direct(tf.ITEMS[1])
+    with caplog.at_level("INFO", "medgemma_korean"):
+        _, model = run(tmp_path, plan_of(tf.exchanges(8), samples=[asked], settings={"evaluations": 1}))
+    answer = evaluation.generate(model, tf.tokenizer(), asked)
+    shown = [line for line in caplog.messages if line.startswith("sample: ")]
+    assert shown == [f"sample: {' '.join(asked.split())[-80:]} -> {answer}"]
 
 
 # the plan and its best ----------------------------------------------------------------------------------
@@ -523,7 +441,7 @@ def test_bad_rows_never_reach_the_model(tmp_path):
     ],
 )
 def test_steps_and_looks(rows, settings, steps, looks):
-    plan = plan_of(numbered(rows), settings=settings)
+    plan = plan_of(tf.numbered(rows), settings=settings)
     assert (plan.steps, plan.evaluation_steps) == (steps, looks)
 
 
@@ -534,18 +452,18 @@ def test_best_goes_to_the_metric_then_the_loss_then_the_earlier_step():
         {"step": 6, "accuracy": 0.6, "loss": 1.1},
         {"step": 8, "accuracy": 0.6, "loss": 1.1},
     ]
-    accuracy = plan_of(numbered(4), metric="accuracy", larger=True)
+    accuracy = plan_of(tf.numbered(4), metric="accuracy", larger=True)
     assert training.best_of(history, accuracy)["step"] == 6
     assert training.best_of(history[::-1], accuracy)["step"] == 6
-    assert training.best_of(history, plan_of(numbered(4)))["step"] == 2
+    assert training.best_of(history, plan_of(tf.numbered(4)))["step"] == 2
     without = [{"step": s, "korean_bits": 2.0} for s in (3, 1, 2)]
-    assert training.best_of(without, plan_of(numbered(4), metric="korean_bits"))["step"] == 1
+    assert training.best_of(without, plan_of(tf.numbered(4), metric="korean_bits"))["step"] == 1
 
 
 def test_the_best_adapter_is_kept_whatever_comes_later(tmp_path):
     values = iter([0.5, 0.7, 0.7, 0.6])
     plan = plan_of(
-        exchanges(16),
+        tf.exchanges(16),
         metric="accuracy",
         larger=True,
         evaluate=lambda model: {"accuracy": next(values)},
@@ -562,7 +480,7 @@ def test_the_best_adapter_is_kept_whatever_comes_later(tmp_path):
 def checkpoint(folder, step, holds=None):
     target = folder / f"checkpoint-{step}"
     target.mkdir(parents=True)
-    for name in training.STATE_FILES:
+    for name in training.state_files():
         (target / name).write_text(name)
     records.write_json(target / "trainer_state.json", {"global_step": step if holds is None else holds})
     training.mark_checkpoint(target)

@@ -16,7 +16,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from medgemma_korean import bpe, checkpoints, modeling
+from medgemma_korean import batches, bpe, checkpoints, modeling, prompts
 from medgemma_korean import tokenizer as tokenizers
 from medgemma_korean.cli import QUIET_LOGGERS
 from medgemma_korean.paths import RunPaths
@@ -128,6 +128,30 @@ def tokenizer() -> Any:
 
 def new_ids() -> list[int]:
     return list(range(len(base_tokenizer()), len(tokenizer())))
+
+
+# rows -------------------------------------------------------------------------------------------------
+
+
+def exchange(prompt: str, completion: str, max_length: int = 512) -> batches.Row | None:
+    return batches.exchange_row(tokenizer(), prompt, completion, max_length)
+
+
+def exchanges(number: int, seed: int = 1) -> list[batches.Row]:
+    """Dictionary-like rows with new tokens in them."""
+    rng = random.Random(seed)
+    words = " ".join(KOREAN).split()
+    return [exchange(prompts.dictionary(rng.choice(words)), rng.choice(KOREAN)[:30]) for _ in range(number)]
+
+
+def documents(number: int, max_length: int = 48, seed: int = 2) -> list[batches.Row]:
+    """Rows of plain text."""
+    return list(batches.text_rows(tokenizer(), texts(number, seed), max_length))
+
+
+def numbered(number: int, length: int = 10, first: int = 0) -> list[batches.Row]:
+    """Rows of one repeated token each, told apart by it."""
+    return [{"input_ids": [first + i] * length, "labels": []} for i in range(number)]
 
 
 # models -------------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from medgemma_korean import cli, evaluation, mcq, records, training
+from medgemma_korean import batches, cli, evaluation, mcq, records
 from medgemma_korean.cli import PipelineError, log
 from medgemma_korean.paths import RunPaths, show
 from medgemma_korean.profiles import ModelProfile
@@ -39,7 +39,7 @@ def chosen_items(
     known = sorted({item["exam"] for item in items})
     if unknown := sorted(set(exams or ()) - set(known)):
         raise PipelineError(f"--exams {' '.join(unknown)}: the split has {', '.join(known)}")
-    return training.sample([item for item in items if not exams or item["exam"] in exams], limit, SEED)
+    return batches.sample([item for item in items if not exams or item["exam"] in exams], limit, SEED)
 
 
 def label(split: str, mode: str, exams: Sequence[str] | None, limit: int | None) -> str:
@@ -165,7 +165,7 @@ def main(argv: list[str] | None = None) -> int:
     # Wrong names are found before the look, so that a slip costs none.
     candidates = evaluation.candidates(paths, args.models)
     split = "test" if args.final else "dev"
-    items = chosen_items(list(records.read_jsonl(paths.mcq / f"{split}.jsonl")), args.exams, args.limit)
+    items = chosen_items(mcq.read_items(paths.mcq / f"{split}.jsonl", also=("id", "exam")), args.exams, args.limit)
     if not items:
         raise PipelineError(f"{show(paths.mcq / f'{split}.jsonl')}: no questions; nothing could be scored")
     looks = None

@@ -19,7 +19,7 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
-from medgemma_korean import profiles
+from medgemma_korean import processes, profiles
 from medgemma_korean.paths import RunPaths
 
 EXIT_DONE, EXIT_BUG, EXIT_INPUT, EXIT_GATE, EXIT_INTERRUPTED = 0, 1, 2, 3, 130
@@ -140,9 +140,9 @@ QUIET_LOGGERS = (
 
 
 def start_logging(paths: RunPaths, program: str) -> None:
-    """Log to the terminal and, with the time, to `logs/pipeline_<name>.log`."""
+    """Log to the terminal and, with the time, to `logs/pipeline_<name>.log`; of several processes only errors."""
     paths.logs.mkdir(parents=True, exist_ok=True)
-    log.setLevel(logging.INFO)
+    log.setLevel(logging.INFO if processes.is_main() else logging.ERROR)
     log.handlers.clear()
     terminal = logging.StreamHandler(sys.stdout)
     terminal.setFormatter(logging.Formatter("%(message)s"))
@@ -199,11 +199,21 @@ def poll_for_stop(active: bool) -> None:
         _polling.append(True)
 
 
+EXIT_VARIABLE = "MEDGEMMA_KOREAN_EXIT"  # a file for the exit code, where a launcher would hide it
+
+
 def run(main: Callable[[], int | None]) -> int:
     """Run a program's main and turn its outcome into an exit code.
 
     One message for what a user can cause; a traceback, in the log, only for a bug.
     """
+    code = _run(main)
+    if processes.is_main() and (told := os.environ.get(EXIT_VARIABLE)):
+        Path(told).write_text(str(code))
+    return code
+
+
+def _run(main: Callable[[], int | None]) -> int:
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         if signal.getsignal(number) != signal.SIG_IGN:  # nohup, and a shell's background jobs, set it to ignored
             signal.signal(number, _on_signal)

@@ -25,7 +25,7 @@ LANGUAGES = ("korean", "medical", "english")
 
 def dev_items(paths: RunPaths, limit: int | None = None) -> list[dict[str, Any]]:
     """The dev items in their fixed order. Raises PipelineError when there is none."""
-    items = list(records.read_jsonl(paths.mcq / "dev.jsonl"))
+    items = mcq.read_items(paths.mcq / "dev.jsonl", also=("id",))
     if not items:
         raise PipelineError(f"{paths.mcq / 'dev.jsonl'}: no dev questions; nothing could be scored")
     return items[:limit] if limit else items
@@ -38,15 +38,19 @@ def held_out_texts(paths: RunPaths, profile: ModelProfile) -> dict[str, list[str
     """
     medical = [f"{item['question']}\n{prompts.options(item)}" for item in dev_items(paths)]
     found = {
-        "korean": [row["text"] for row in records.read_jsonl(paths.plain_text / "validation.jsonl")],
+        "korean": _texts(paths.plain_text / "validation.jsonl"),
         "medical": medical,
-        "english": [row["text"] for row in records.read_jsonl(paths.english_replay / "validation.jsonl")],
+        "english": _texts(paths.english_replay / "validation.jsonl"),
     }
     for name, texts in found.items():
         if not texts:
             raise PipelineError(f"no held-out {name} text; bits per character cannot be measured")
         found[name] = _first_characters(texts, profile.score_characters)
     return found
+
+
+def _texts(file: Path) -> list[str]:
+    return [row["text"] for row in records.read_jsonl(file, needs=("text",))]
 
 
 def _first_characters(texts: list[str], limit: int) -> list[str]:

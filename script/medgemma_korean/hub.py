@@ -484,6 +484,18 @@ def _fetch(plan: Plan, args: argparse.Namespace, paths: RunPaths, program: str) 
         settle(plan)
 
 
+def fetch_ahead(plan: Plan, name: str) -> Path:
+    """One small file of a plan before the others, which tells whether they are wanted; returns where it is."""
+    want = plan.want
+    if name in plan.missing:
+        with in_words(want), _locked(want):
+            transfer = Transfer(want.source.key, [plan.file(name)], want.partial, 0, 1)
+            plan.files[name]["sha256"] = transfer.run(lambda *_: None)[name]
+            _fetched.append(transfer.fetched)
+        plan.missing.remove(name)
+    return next(folder / name for folder in (want.partial, want.target) if (folder / name).is_file())
+
+
 def altered(record_path: Path, force: bool) -> bool:
     """True when --force is given and what a stage made of fetched files is no longer what it made."""
     return force and record_path.is_file() and bool(check_outputs(record_path))

@@ -27,6 +27,9 @@ KEY_COLUMNS = ("year", "period", "q_number")
 _CELL_TYPES = (str, int, float, type(None))  # a CSV reader turns an option such as "12" into a number
 
 
+ITEM_KEYS = ("question", *LETTERS[:4], "answer")  # what a refined item has at least
+
+
 class ItemProblem(PipelineError):
     """A row of the right shape with a value that makes no question: two equal options, an answer out of range."""
 
@@ -102,6 +105,18 @@ def read_raw_item(
     if reasoning := cell_text(row.get("cot"), normalise, "\n"):
         item["reasoning"] = reasoning
     return item
+
+
+def read_items(file: Path, also: Sequence[str] = ()) -> list[dict[str, Any]]:
+    """The refined items of a split, in order. also: further keys that must hold text.
+
+    Raises PipelineError for a row that is no item, as in a file of another stage, or whose answer is no option of it.
+    """
+    items = list(records.read_jsonl(file, needs=(*ITEM_KEYS, *also)))
+    for number, item in enumerate(items, 1):
+        if item["answer"] not in tuple(letters_of(item)):
+            raise PipelineError(f"{show(file)}, row {number}: answer {item['answer']!r} is none of {letters_of(item)}")
+    return items
 
 
 def cell_text(value: Any, normalise: Callable[[str], str], joint: str) -> str:

@@ -5,12 +5,13 @@ torch is imported inside functions, so that `--help` stays fast.
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from medgemma_korean import records
+from medgemma_korean import processes, records, token_rows
 from medgemma_korean import tokenizer as tokenizers
 from medgemma_korean.cli import PipelineError, log
 from medgemma_korean.profiles import ModelProfile
@@ -57,7 +58,7 @@ def pick_device(wanted: str | None) -> str:
 
 
 # Names of the text model's weights in a multimodal checkpoint: Gemma's own, and the library's.
-_TEXT_OF_MULTIMODAL = {
+TEXT_OF_MULTIMODAL = {
     "^language_model.model": "model",
     "^language_model.lm_head": "lm_head",
     "^model.language_model": "model",
@@ -80,25 +81,53 @@ def text_config(folder: Path) -> Any:
     return config
 
 
-def load_base(folder: Path, profile: ModelProfile, device: str, precision: str | None = None) -> Any:
+def compute_dtype(profile: ModelProfile, device: str) -> torch.dtype:
+    """The type that a model computes in: the profile's, but float32 on a CUDA card without native bfloat16.
+
+    Never float16: activations of Gemma 3 overflow it. Emulated bfloat16 is slower than float32 and no smaller in use.
+    """
+    import torch
+
+    dtype = getattr(torch, profile.dtype)
+    lacks = dtype == torch.bfloat16 and device.startswith("cuda")
+    return torch.float32 if lacks and not torch.cuda.is_bf16_supported(including_emulation=False) else dtype
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """`float32` of `torch.float32`: as profiles and JSON files spell a type."""
+    return str(dtype).removeprefix("torch.")
+
+
+def load_base(
+    folder: Path,
+    profile: ModelProfile,
+    device: str,
+    precision: str | None = None,
+    max_memory: dict[int | str, int] | None = None,
+) -> Any:
     """The text-only model of a checkpoint as training and scoring use it: frozen, in the profile's precision, no cache.
 
     Of a multimodal checkpoint the text model: it is scored in the class and precision of every other model of a run.
     Loading one without a key mapping gives random weights and no exception, so missing weights are an error here.
-    Raises PipelineError naming them, or when the folder is no model.
+    max_memory: bytes of weights by device (0, "cpu"), for an unquantised model that does not fit on `device`: what
+    does not fit into them stays in the checkpoint's files, and every layer computes on the first of them.
+    Raises PipelineError naming missing weights, when the folder is no model, or for bf16 on a card without it.
     """
     import torch
     from transformers import Gemma3ForCausalLM
 
     precision = precision or profile.precision
-    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}.get(precision, getattr(torch, profile.dtype))
+    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}.get(precision) or compute_dtype(profile, device)
+    if dtype == torch.bfloat16 and device.startswith("cuda") and not torch.cuda.is_bf16_supported(False):
+        raise PipelineError(f"bf16: {torch.cuda.get_device_name(device)} cannot compute in it; use --precision fp32")
     model, info = Gemma3ForCausalLM.from_pretrained(
         folder,
         config=text_config(folder),
-        key_mapping=_TEXT_OF_MULTIMODAL,
+        key_mapping=TEXT_OF_MULTIMODAL,
         dtype=dtype,
         quantization_config=_quantization(precision, dtype),
-        device_map={"": device},
+        device_map="auto" if max_memory else {"": device},
+        max_memory=max_memory,
         output_loading_info=True,
     )
     foreign = [k for k in info["unexpected_keys"] if "vision_tower" not in k and "multi_modal_projector" not in k]
@@ -106,6 +135,8 @@ def load_base(folder: Path, profile: ModelProfile, device: str, precision: str |
     # With the default cache a packed row would leak attention between its documents.
     model.config.use_cache = False
     model.requires_grad_(False)
+    if precision == "8bit":
+        _forget_inputs()
     if precision == "nf4" and device == "cpu":
         import bitsandbytes
 
@@ -129,6 +160,30 @@ def _quantization(precision: str, dtype: torch.dtype) -> Any:
             bnb_4bit_use_double_quant=True,
         )
     return None
+
+
+def _forget_inputs() -> None:
+    """Make 8-bit layers drop their inputs once the forward pass is over: a frozen weight's backward pass needs none.
+
+    bitsandbytes 0.50 keeps them as attributes, where gradient checkpointing cannot take them away: all inputs of all
+    layers stay until the backward pass, 4.5 MB a token on the 27B, 18 GB at 4,096 tokens.
+    """
+    from bitsandbytes.autograd import _functions
+
+    def without(kind: Any, kept: dict[str, Any]) -> None:
+        forward = kind.forward
+
+        def forgetful(ctx: Any, *args: Any) -> Any:
+            output = forward(ctx, *args)
+            if not ctx.needs_input_grad[1]:  # the weight's
+                vars(ctx).update(kept)
+            return output
+
+        if not hasattr(kind, "forgets_inputs"):
+            kind.forward, kind.forgets_inputs = staticmethod(forgetful), True
+
+    without(_functions.MatMul8bitLt, {"tensors": (None, None, None)})
+    without(_functions.MatMul8bitFp, {"A": None})  # the same on a CPU
 
 
 def require_weights(folder: Path, missing: Iterable[str], foreign: Iterable[str]) -> None:
@@ -221,6 +276,7 @@ def load_adapter(base: Any, folder: Path, *, trainable: bool) -> Any:
         unmatched = sorted(set(file.keys()) ^ get_peft_model_state_dict(model, save_embedding_layers=False).keys())
     if unmatched:
         raise PipelineError(f"{folder}: does not fit its base ({len(unmatched)} tensors, first {unmatched[0]})")
+    token_rows.apart(model)
     return _checked(model) if trainable else model
 
 
@@ -236,17 +292,37 @@ def _checked(model: Any) -> Any:
 
 
 def save_adapter(model: Any, folder: Path) -> None:
-    """LoRA and token rows only: the resized matrix is in the base, and no checkpoint carries it again."""
-    model.save_pretrained(folder, save_embedding_layers=False)
-    (folder / "README.md").unlink(missing_ok=True)  # PEFT's template; our card is beside `final`
+    """LoRA and token rows only: the resized matrix is in the base, and no checkpoint carries it again.
+
+    Called by every process where several train; the first one writes.
+    """
+    state = None
+    if processes.is_sharded(model):
+        state = {name: processes.whole(p.detach()) for name, p in model.named_parameters() if p.requires_grad}
+    if processes.is_main():
+        model.save_pretrained(folder, state_dict=state, save_embedding_layers=False)
+        (folder / "README.md").unlink(missing_ok=True)  # PEFT's template; our card is beside `final`
 
 
 def load_adapter_weights(model: Any, folder: Path) -> None:
-    """Put the adapter weights of a folder into a PeftModel that has the same adapter."""
-    from peft import load_peft_weights, set_peft_model_state_dict
+    """Put the adapter weights of a folder into a PeftModel that has the same adapter, trainable ones. Exact."""
+    from safetensors.torch import load_file
 
-    result = set_peft_model_state_dict(model, load_peft_weights(str(folder), device="cpu"))
-    assert not result.unexpected_keys, f"{folder} is another adapter: {result.unexpected_keys[:2]}"
+    saved = load_file(folder / "adapter_model.safetensors")
+    # PEFT leaves the adapter's name out of what it writes.
+    own = {name.replace(".default", ""): p for name, p in model.named_parameters() if p.requires_grad}
+    assert saved.keys() == own.keys(), f"{folder} is another adapter: {sorted(saved.keys() ^ own.keys())[:2]}"
+    for name, parameter in own.items():
+        processes.put(parameter, saved[name])
+
+
+def free_memory() -> None:
+    """Give back what nothing refers to any more, on the GPU too."""
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def trainable_parameters(model: Any) -> dict[str, int]:

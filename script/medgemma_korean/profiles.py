@@ -47,6 +47,8 @@ class StageSettings:
     evaluations: int = 4  # dev or held-out looks during the stage; the best one becomes `final`
     max_rows: int | None = None  # most rows (stage 02: questions) an epoch, drawn anew by seed each epoch
     look_every: int | None = None  # --show-samples-every: steps between looks, instead of `evaluations`
+    monitor_every: int | None = None  # steps between looks at held-out text alone; beside those of every look
+    max_forgetting: float = 0.05  # more bits per character than before the stage, as a share; the gate's measure
     max_steps: int | None = None  # --max-steps, for trials
 
 
@@ -112,7 +114,7 @@ class ModelProfile:
             learning_rate=1e-4,
             row_learning_rate=5e-5,
             replay=0.20,
-            evaluations=6,
+            look_every=50,
         )
     )
     mcq: StageSettings = field(
@@ -123,7 +125,7 @@ class ModelProfile:
             micro_batch=2,
             learning_rate=2e-4,
             replay=0.05,
-            evaluations=6,
+            look_every=50,  # 1,600 questions: six to seven looks in three epochs of KorMedMCQA
         )
     )
 
@@ -224,7 +226,7 @@ MODELS: dict[str, ModelProfile] = {
                 micro_batch=1,
                 learning_rate=1e-4,  # larger models take smaller rates
                 replay=0.05,
-                evaluations=6,
+                look_every=50,
             ),
         ),
     )

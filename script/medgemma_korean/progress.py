@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from medgemma_korean import records
+from medgemma_korean import processes, records
 from medgemma_korean.paths import DRIVER_STAGES, RunPaths, show
 
 _STAGE_OF = {
@@ -57,6 +57,8 @@ def update(
     metric: str | None = None,
 ) -> None:
     """Record a program's state (waiting, running, complete, skipped, interrupted, failed, gate) and redraw."""
+    if not processes.is_main():
+        return
     whole = read_state(paths)
     stage = driver_stage or stage_of(program)
     if state == "complete" and os.environ.get(DRIVER_VARIABLE) == stage:
@@ -91,6 +93,8 @@ def update(
 
 def event(paths: RunPaths, program: str, **values: Any) -> None:
     """Append one event to `logs/metrics_<name>.jsonl`."""
+    if not processes.is_main():
+        return
     paths.metrics.parent.mkdir(parents=True, exist_ok=True)
     line = records.dump({"time": round(time.time(), 3), "program": program, **values})
     with open(paths.metrics, "a", encoding="utf-8") as file:
@@ -222,12 +226,17 @@ def changed_inputs(record_path: Path, paths: RunPaths, thorough: bool = False) -
     An input that a stage made is compared by that stage's fingerprint, a raw one by content; not thorough, a raw
     file whose size and time are unchanged counts as unchanged.
     """
+    from medgemma_korean import base_model  # which imports this module
+
     record = records.read_json(record_path)
     home = record_path.parent / record["home"]
     found = []
+    plain = record.get("base_files")
     for role, then in record["identity"]["inputs"].items():
+        if plain and role.startswith(f"{base_model.ROLE} "):
+            continue  # with its base, below
         path = Path(os.path.normpath(home / record["inputs"][role]))
-        if path.is_relative_to(paths.models) or path.parent == paths.refined:
+        if path.is_relative_to(paths.models) or path.parent == paths.refined or (path / "stage.json").is_file():
             maker = _maker_of(path)
             now = maker["fingerprint"] if maker else None
             gap = "is incomplete" if path.exists() else "is gone"
@@ -237,7 +246,10 @@ def changed_inputs(record_path: Path, paths: RunPaths, thorough: bool = False) -
         if now != then:
             why = "was not there" if then is None else gap if now is None else "is another one by now"
             found.append(f"input {role} ({show(path)}) {why}")
-    if "base_folder" in record:
+    if plain:
+        folder = Path(os.path.normpath(record_path.parent / record["base_folder"]))
+        found += [f"its base: {text}" for text in base_model.changed(folder, plain, thorough)]
+    elif "base_folder" in record:
         base = _maker_of(Path(os.path.normpath(record_path.parent / record["base_folder"])).parent)
         if base is None or base["fingerprint"] != record["base_fingerprint"]:
             found.append("its base is another one by now" if base else "its base is gone")

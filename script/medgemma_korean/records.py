@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -25,11 +25,11 @@ ROW_SUFFIXES = (*LINE_SUFFIXES, ".json", ".parquet", ".arrow")
 NOT_ROWS = ("state.json", "dataset_info.json", "dataset_dict.json", "dataset_infos.json", "cache-*.arrow")
 
 
-def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
+def read_jsonl(path: Path, needs: Sequence[str] = ()) -> Iterator[dict[str, Any]]:
     """Rows of a JSONL file (`.gz` too, UTF-8, byte-order mark tolerated), blank lines skipped.
 
-    Raises PipelineError with file and line for bytes that are not UTF-8, a line that is not JSON, or a row that
-    is not an object.
+    Raises PipelineError with file and line for bytes that are not UTF-8, a line that is not JSON, a row that is not
+    an object, or one without text under a key of `needs`.
     """
     if not path.is_file():
         raise PipelineError(f"{path}: no such file")
@@ -42,7 +42,9 @@ def read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
                     line = line.removeprefix(b"\xef\xbb\xbf")
                 if not line.strip():
                     continue
-                yield _parse_line(line, path, number)
+                row = _parse_line(line, path, number)
+                _require(row, needs, f"{path}, line {number}")
+                yield row
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise PipelineError(f"{path}, line {number + 1}: damaged or cut gzip file ({error})") from None
 
@@ -54,6 +56,11 @@ def _parse_line(line: bytes, path: Path, number: int) -> dict[str, Any]:
         raise PipelineError(f"{path}, line {number}: not UTF-8 (byte {error.start})") from None
     except ValueError as error:
         raise PipelineError(f"{path}, line {number}: {error}") from None
+
+
+def _require(row: dict[str, Any], needs: Sequence[str], where: str) -> None:
+    if missing := [key for key in needs if not isinstance(row.get(key), str)]:
+        raise PipelineError(f"{where}: no text under {', '.join(missing)}; the row has {', '.join(row) or 'no keys'}")
 
 
 def parse_row(line: bytes) -> dict[str, Any]:
@@ -87,6 +94,19 @@ def read_json(path: Path) -> Any:
         raise PipelineError(f"{path}, line {error.lineno}: not valid JSON ({error.msg})") from None
     except RecursionError:
         raise PipelineError(f"{path}: JSON nested too deeply") from None
+
+
+def read_list(path: Path, needs: Sequence[str] = ()) -> list[dict[str, Any]]:
+    """Rows of a JSON file that holds a list of objects.
+
+    Raises PipelineError for another file, and with its number for a row without text under a key of `needs`.
+    """
+    rows = read_json(path)
+    if not isinstance(rows, list) or any(not isinstance(row, dict) for row in rows):
+        raise PipelineError(f"{path}: expected a JSON list of objects")
+    for number, row in enumerate(rows, 1):
+        _require(row, needs, f"{path}, row {number}")
+    return rows
 
 
 def read_parquet(path: Path, columns: list[str] | None = None) -> Iterator[dict[str, Any]]:
@@ -181,10 +201,7 @@ def read_rows(path: Path) -> Iterator[dict[str, Any]]:
     elif path.suffix == ".arrow":
         yield from read_arrow(path)
     elif path.suffix == ".json":
-        rows = read_json(path)
-        if not isinstance(rows, list) or any(not isinstance(row, dict) for row in rows):
-            raise PipelineError(f"{path}: expected a JSON list of objects")
-        yield from rows
+        yield from read_list(path)
     else:
         raise PipelineError(f"{path}: cannot read this kind of file; known are {', '.join(ROW_SUFFIXES)}")
 

@@ -6,12 +6,13 @@ Numbers are never computed twice: everything shown is read from a stage record o
 from __future__ import annotations
 
 import html
+import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from medgemma_korean import cli, mcq, records
+from medgemma_korean import cli, mcq, modeling, records
 from medgemma_korean.cli import PipelineError
 from medgemma_korean.paths import RunPaths, show
 from medgemma_korean.profiles import ModelProfile
@@ -201,6 +202,19 @@ def beside(runs: Sequence[RunPaths]) -> list[list[str]]:
 # model card ---------------------------------------------------------------------------------------------
 
 
+def _loading(base: Path, dtype: str) -> tuple[str, str]:
+    """(code that loads a base, what it imports). Of a multimodal one the text model, which the adapter is for."""
+    file = base / "config.json"
+    if not file.is_file() or "text_config" not in records.read_json(file):
+        code = f"model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.{dtype})"
+        return code, "AutoModelForCausalLM, AutoTokenizer"
+    mapping = f"key_mapping = {json.dumps(modeling.TEXT_OF_MULTIMODAL)}  # the names of its text model's weights"
+    code = f"""{mapping}
+config = AutoConfig.from_pretrained(base).text_config
+model = Gemma3ForCausalLM.from_pretrained(base, config=config, key_mapping=key_mapping, dtype=torch.{dtype})"""
+    return code, "AutoConfig, AutoTokenizer, Gemma3ForCausalLM"
+
+
 def model_card(
     paths: RunPaths,
     profile: ModelProfile,
@@ -209,16 +223,21 @@ def model_card(
     evaluation: dict[str, Any],
     base: Path,
     folder: Path,
+    upstream: str | None = None,
 ) -> str:
-    """README.md of a trained folder in the Hugging Face metadata form, with code that loads the adapter."""
+    """README.md of a trained folder in the Hugging Face metadata form, with code that loads the adapter.
+
+    upstream: what the base is and its terms, where it is not the run's own raw model.
+    """
     relative = os.path.relpath(base, folder)
     score, bits = evaluation["mcq"], evaluation["bits_per_character"]
     terms = licences(paths, profile)
     lines = "\n".join(f"| {source} | {licence} |" for source, licence in terms)
     non_commercial = any("-nc" in licence for _, licence in terms)
-    upstream = (
-        "" if profile.source == "build" else f"\nThe base model is {profile.source} under the {HAI_DEF}; they pass on."
-    )
+    if upstream is None and profile.source != "build":
+        upstream = f"The base model is {profile.source} under the {HAI_DEF}; they pass on."
+    upstream = f"\n{upstream}" if upstream else ""
+    load, names = _loading(base, profile.dtype)
     return f"""---
 language: [ko, en]
 library_name: peft
@@ -237,11 +256,11 @@ from pathlib import Path
 
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import {names}
 
 folder = Path(".")  # the folder of this README
 base = folder / "{relative}"
-model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.{profile.dtype})
+{load}
 model = PeftModel.from_pretrained(model, folder / "final").eval()
 tokenizer = AutoTokenizer.from_pretrained(folder / "final")
 

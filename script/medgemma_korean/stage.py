@@ -28,7 +28,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from medgemma_korean import progress, records
+from medgemma_korean import processes, progress, records
 from medgemma_korean.cli import EXIT_DONE, EXIT_GATE, Every, GateError, Interrupted, PipelineError, log
 from medgemma_korean.paths import RunPaths, show
 
@@ -254,7 +254,8 @@ class Stage:
         if gate and not gate["passed"] and not self.allow_regression:
             log.error("already complete, and its gate failed: %s", "; ".join(gate["reasons"]))
             return EXIT_GATE
-        if self.record_inside:  # a kill may have come between the renaming and the last step of `complete`
+        # A kill may have come between the renaming and the last step of `complete`.
+        if self.record_inside and processes.is_main():
             (self.outputs[0] / ".identity.json").unlink(missing_ok=True)
         log.info("%s: already complete (%s)", self.program, show(self.record_path.parent))
         return EXIT_DONE
@@ -329,8 +330,13 @@ class Stage:
     def work(self, resumable: bool = False) -> Iterator[Path]:
         """The temporary neighbour to write into. It is kept on error; a resumable stage continues in it.
 
-        Raises PipelineError while another process is at work in it.
+        Raises PipelineError while another process is at work in it. Of processes that train together the first one
+        checks, locks and makes it; the others wait for that.
         """
+        if not processes.is_main():
+            processes.wait()
+            yield self._work
+            return
         self._verify_inputs()
         with self.lock():
             yield from self._at_work(resumable)
@@ -357,6 +363,7 @@ class Stage:
         self._work.mkdir(parents=True, exist_ok=True)
         records.write_json(identity_file, self.identity())
         self._report(state="running", percent=0.0)
+        processes.wait()
         try:
             yield self._work
         except (Interrupted, KeyboardInterrupt):
@@ -398,6 +405,24 @@ class Stage:
         Raises PipelineError when a raw input is no longer what it was, AssertionError when an output was not made,
         GateError (after publishing) when the gate failed.
         """
+        if processes.is_main():
+            self._publish(counts, steps, scores, gate, metric, more)
+        processes.wait()
+        if gate and not gate["passed"]:
+            message = f"gate: {'; '.join(gate['reasons'])}"
+            if not self.allow_regression:
+                raise GateError(message + "\nTo go on all the same, add --allow-regression.")
+            log.warning("%s (allowed by --allow-regression)", message)
+
+    def _publish(
+        self,
+        counts: dict[str, Any] | None,
+        steps: int | None,
+        scores: dict[str, Any] | None,
+        gate: dict[str, Any] | None,
+        metric: str,
+        more: dict[str, Any],
+    ) -> None:
         self._check_raw_inputs()
         home = self.outputs[0] if self.record_inside else self.paths.data
         record: dict[str, Any] = {
@@ -430,11 +455,6 @@ class Stage:
         else:
             self._publish_data(record)
         self._report(state="complete" if not gate or gate["passed"] else "gate", percent=100.0, metric=metric)
-        if gate and not gate["passed"]:
-            message = f"gate: {'; '.join(gate['reasons'])}"
-            if not self.allow_regression:
-                raise GateError(message + "\nTo go on all the same, add --allow-regression.")
-            log.warning("%s (allowed by --allow-regression)", message)
 
     def _publish_data(self, record: dict[str, Any]) -> None:
         missing = [o for o in self.outputs if not self._made(o).exists() and self._made(o) != o]

@@ -7,22 +7,54 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib.util
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from medgemma_korean import chain, cli, evaluation, modeling, profiles, records, report, training
+from medgemma_korean import (
+    base_model,
+    chain,
+    checkpoints,
+    cli,
+    evaluation,
+    memory,
+    modeling,
+    precision,
+    processes,
+    profiles,
+    prompts,
+    records,
+    report,
+    training,
+)
 from medgemma_korean import tokenizer as tokenizers
 from medgemma_korean.cli import PipelineError, log
 from medgemma_korean.paths import RunPaths, show
 from medgemma_korean.profiles import ModelProfile, StageSettings
-from medgemma_korean.stage import Input, Stage
+from medgemma_korean.stage import RECORD_NAME, Input, Stage, read_record
 
-FORMAT = 1
+FORMAT = 2
 SEED = 17
+TRACKERS = {"trackio": "trackio", "wandb": "wandb"}  # what `pip install` calls them
+# In the folder of a training on a plain base: the scores of that base, and how its precision was chosen.
+BEFORE, FRESH = "evaluation_before.json", ".fresh"
+PROBED = {"train_00": "00", "train_01": "01", "train_02": "02", "loop": "02"}  # the stage whose settings have to fit
+SAMPLES = ("고혈압", "어디가 아프세요?")  # a term to explain and a sentence to translate, the same for every stage
+
+
+def share(text: str) -> float:
+    """argparse type: a number from 0 to below 1."""
+    try:
+        value = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a share from 0 to below 1")
+    return value
 
 
 def make_parser(doc: str) -> argparse.ArgumentParser:
@@ -33,17 +65,32 @@ def make_parser(doc: str) -> argparse.ArgumentParser:
         "--max-samples", type=cli.positive_int, metavar="N", help="train on at most N rows, drawn by seed"
     )
     parser.add_argument("--max-steps", type=cli.positive_int, metavar="N", help="end after N steps, for trials")
-    parser.add_argument("--base-model", metavar="P", help="a trained folder or a folder with base/ and adapter/")
+    parser.add_argument("--base-model", metavar="P", help="a trained folder, a base folder, or a hub id")
     parser.add_argument("--output", metavar="P", help="folder to write (default: the stage's own)")
     parser.add_argument("--learning-rate", type=cli.positive_float, metavar="X", help="of LoRA")
     parser.add_argument("--batch-size", type=cli.positive_int, metavar="N", help="rows an optimizer step")
     parser.add_argument("--micro-batch", type=cli.positive_int, metavar="N", help="rows a forward pass; less memory")
     parser.add_argument("--max-length", type=cli.positive_int, metavar="N", help="tokens a row")
-    parser.add_argument("--precision", choices=("auto", "8bit", "nf4", "bf16", "fp32"), default="auto")
-    parser.add_argument("--show-samples-every", type=cli.positive_int, metavar="N", help="steps between looks")
+    parser.add_argument(
+        "--precision", choices=("auto", "8bit", "nf4", "bf16", "fp32"), default="auto",
+        help="of the frozen base (default: auto, what add_lora has chosen)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--show-samples-every", type=cli.positive_int, metavar="N", help="steps between looks at dev, with samples"
+    )
     parser.add_argument(
         "--eval-samples", type=cli.positive_int, metavar="N", help="dev questions a look (default: all)"
     )
+    parser.add_argument(
+        "--monitor-every", type=cli.positive_int, metavar="N", help="steps between looks at held-out text (01, loop)"
+    )
+    parser.add_argument(
+        "--max-forgetting", type=cli.positive_float, metavar="X",
+        help="end, and go back to the best checkpoint, when held-out text takes this share more bits (default: 0.05)",
+    )  # fmt: skip
+    parser.add_argument("--replay", type=share, metavar="X", help="share of replayed text, against forgetting")
+    parser.add_argument("--report-to", choices=tuple(TRACKERS), help="tracker beside TensorBoard")
+    parser.add_argument("--shard", action="store_true", help="divide the base between processes (bf16 and fp32 only)")
     parser.add_argument("--seed", type=int, default=SEED, help=f"seed of order and shuffles (default: {SEED})")
     parser.add_argument("--allow-regression", action="store_true", help="go on where a gate fails")
     return parser
@@ -61,6 +108,8 @@ class Context:
     link: chain.Link
     counts: dict[str, Any]
     plan: training.Plan | None = None  # what `build` returned
+    first: dict[str, Any] = field(default_factory=dict)  # scores of the base, once they are known
+    before: dict[str, Any] = field(default_factory=dict)  # of the model that this stage starts from
 
     @property
     def seed(self) -> int:
@@ -77,30 +126,36 @@ def run(
     data: Callable[[RunPaths], list[Input]],
     build: Callable[[Context], training.Plan],
     choices: dict[str, Any] | None = None,
-    finish: Callable[[Context, Path, training.Outcome], dict[str, Any]] | None = None,
+    finish: Callable[[Context, Any, Path, training.Outcome], dict[str, Any]] | None = None,
 ) -> int:
     """Train one stage from options to published folder; returns the exit code.
 
-    choices: further settings that change the result. finish: called on the work folder once the best adapter is
-    chosen; what it returns is added to `training_info.json` and to the record.
+    choices: further settings that change the result. finish: called with the model once the best adapter
+    is in it, and the work folder; what it returns is added to `training_info.json` and to the record.
     """
     profile, paths = cli.resolve(args)
     cli.start_logging(paths, program)
     settings = _settings(args, stage_settings(profile))
-    precision = profile.precision if args.precision == "auto" else args.precision
-    link = chain.of_folder(paths, _existing(args.base_model)) if args.base_model else chain.nearest(paths, stage_name)
+    _require_tracker(args.report_to)
+    given = args.base_model is not None
+    link = chain.of_argument(paths, args.base_model) if given else chain.nearest(paths, stage_name)
+    target = Path(args.output).resolve() if args.output else output(paths)
+    _require_apart(link, target)
+    asked = _asked(link, args.precision, profile)
+    second = stage_name in ("train_02", "loop") if link.untouched else "01_another" in link.role
     stage = Stage(
         program,
         paths,
-        outputs=[Path(args.output).resolve() if args.output else output(paths)],
+        outputs=[target],
         inputs=[*link.inputs(paths), *data(paths)],
         settings={
             **dataclasses.asdict(settings),
-            "precision": precision,
+            "precision": asked,
             "lora_scale": profile.lora_scale,
             "max_samples": args.max_samples,
             "eval_samples": args.eval_samples,
             "seed": args.seed,
+            **(_adapter_settings(profile, second) if link.untouched else {}),
             **(choices or {}),
         },
         format=FORMAT,
@@ -114,36 +169,63 @@ def run(
         return code
 
     modeling.set_up_torch(args.seed)
+    if link.plain:
+        _require_plain(link)
     chain.check_tokenizer(link.base, link.start)
     tokenizer = tokenizers.load(link.base)
-    device = modeling.pick_device(args.device)
-    first, before = records.read_json(paths.scores("base")), records.read_json(scores_before(paths, link))
-    if first["precision"] != precision:
-        raise PipelineError(
-            f"the base was scored in {first['precision']}, and scores of {precision} cannot be compared with it; "
-            f"run: {paths.command('model/add_lora', '--precision', precision, '--force')}"
-        )
+    if link.untouched:
+        _require_letters(link.base, tokenizer)
+    device = processes.own_device(modeling.pick_device(args.device))
+    processes.start(device)
+    first, before = {}, {}
+    if not link.untouched:
+        base_scores = link.folder / BEFORE if link.plain else paths.scores("base")
+        first, before = (_scored(file, asked, paths, link) for file in (base_scores, scores_before(paths, link)))
+    # What is predicted and probed of a plain base is of its own shape, not of the run's raw model.
+    of_base = base_model.stand_in(profile, paths, link.base) if link.plain else (profile, paths)
+    chosen, choice = _precision(link, asked, target, *of_base, device, PROBED[stage_name], args.shard)
+    _require_shards(args.shard, chosen)
+    settings = _fitting(*of_base, settings, chosen, args, program, second)
     with stage.work(resumable=True) as folder:
-        context = Context(args, profile, paths, settings, tokenizer, link, {})
+        if link.untouched:
+            link.fresh = _fresh_adapter(folder, link.base, profile, second, args.seed)
+        context = Context(args, profile, paths, settings, tokenizer, link, {}, first=first, before=before)
         context.plan = plan = build(context)
-        base = modeling.load_base(link.base, profile, device, precision)
+        plan.samples = _prompts(paths)
+        # A base that is divided is read into main memory, and only its parts go to the cards.
+        base = modeling.load_base(link.base, profile, "cpu" if args.shard else device, chosen)
         if len(tokenizer) > base.get_input_embeddings().weight.shape[0]:
             raise PipelineError(f"{show(link.base)}: the tokenizer has more ids than the model has rows")
         model = modeling.load_adapter(base, link.start, trainable=True)
         model.peft_config["default"].base_model_name_or_path = str(link.base)
-        outcome = training.train(model, tokenizer, plan, folder, profile, paths, stage)
+        if not modeling.trainable_parameters(model)["rows"]:
+            plan.rows_only_steps = 0  # in which nothing would train
+        if args.shard:
+            processes.shard(model, device)
+        if link.plain:
+            _keep_of_base(folder, choice, first)
+        if link.untouched:
+            first = before = _score_base(model, tokenizer, folder, paths, profile, chosen)
+            context.first, context.before = first, before
+        report_to = [args.report_to] if args.report_to else []
+        outcome = training.train(
+            model, tokenizer, plan, folder, profile, paths, stage, link.start, report_to, args.shard
+        )
         modeling.load_adapter_weights(model, outcome.best)
         log.info("best of %s: step %d", cli.count(len(outcome.history), "evaluation"), outcome.best_step)
         # All of dev, whatever --eval-samples gave the looks while training: the gate compares identical items.
-        after = evaluation.evaluate(model, tokenizer, paths, profile, which=stage_name, precision=precision)
+        with processes.gathered(model):
+            after = evaluation.evaluate(model, tokenizer, paths, profile, which=stage_name, precision=chosen)
+            answers = [{"prompt": p, "answer": evaluation.generate(model, tokenizer, p)} for p in plan.samples]
+            more = finish(context, model, folder, outcome) if finish else {}
+        after = processes.agreed(after)
         log.info("%s: %s", stage_name, evaluation.summary(after))
         gate = evaluation.gate(first, after, profile)
         after |= {
             "against_base": evaluation.compare(first, after),
             "against_before": evaluation.compare(before, after),
-            "samples": _samples(model, tokenizer, paths),
+            "samples": answers,
         }
-        more = finish(context, folder, outcome) if finish else {}
         _finish(folder, model, outcome, after, context, program, stage, more)
         try:
             stage.complete(
@@ -153,17 +235,82 @@ def run(
                 gate=gate,
                 metric=evaluation.summary(after),
                 base_folder=os.path.relpath(link.base, stage.outputs[0]),
-                base_fingerprint=_base_fingerprint(link),
+                **_base_identity(link),
                 trainable=outcome.trainable,
                 tokens=outcome.tokens,
                 loss=outcome.loss,
                 best_step=outcome.best_step,
+                micro_batch=outcome.micro_batch,
+                processes=processes.count(),
+                stopped=outcome.stopped,
                 **more,
             )
         finally:  # published, even where the gate failed
-            for best in stage.outputs[0].glob(".best-*"):
-                shutil.rmtree(best)
+            if processes.is_main():
+                for adapter in (*stage.outputs[0].glob(".best-*"), *stage.outputs[0].glob(FRESH)):
+                    shutil.rmtree(adapter)
     return 0
+
+
+def _require_tracker(name: str | None) -> None:
+    if name and importlib.util.find_spec(name) is None:
+        raise PipelineError(f"--report-to {name}: not installed; run: .venv/bin/pip install {TRACKERS[name]}")
+
+
+def _require_shards(wanted: bool, chosen: str) -> None:
+    if wanted and chosen not in ("bf16", "fp32"):
+        raise PipelineError(f"--shard: weights in {chosen} cannot be divided; score and train with --precision bf16")
+    if wanted and processes.count() == 1:
+        raise PipelineError("--shard: one process has nobody to share with; use accelerate launch --num_processes N")
+
+
+def _fitting(
+    profile: ModelProfile,
+    paths: RunPaths,
+    settings: StageSettings,
+    chosen: str,
+    args: argparse.Namespace,
+    program: str,
+    second: bool,
+) -> StageSettings:
+    """The settings, with fewer rows a forward pass where more are predicted not to fit; the batch stays.
+
+    Raises PipelineError when not even one row does.
+    """
+    rows = settings.micro_batch
+    if processes.is_main():
+        dtype = str(modeling.compute_dtype(profile, modeling.pick_device(args.device))).removeprefix("torch.")
+        shards = processes.count() if args.shard else 1
+        case = memory.case(profile, paths, settings, precision=chosen, dtype=dtype, second=second, shards=shards)
+        available, where = memory.available_bytes(args.device)
+        rows = memory.micro_batch(case, available)
+        if rows is None:
+            memory.require(memory.least(case), available, where, program)
+        if rows < settings.micro_batch:
+            log.warning("%s; going on with %s a forward pass", memory.gap(case, available, where), rows)
+    return dataclasses.replace(settings, micro_batch=processes.agreed(rows))
+
+
+def _scored(file: Path, chosen: str, paths: RunPaths, link: chain.Link) -> dict[str, Any]:
+    """Scores in the precision that is trained in. Raises PipelineError: scores of two precisions compare nothing."""
+    for found in (file, file.with_name(f"{file.stem}-{chosen}{file.suffix}")):
+        if found.is_file() and (scores := records.read_json(found))["precision"] == chosen:
+            return scores
+    if not file.is_file():
+        again = "make that folder anew" if link.plain else f"run: {paths.command('model/add_lora', '--force')}"
+        raise PipelineError(f"{show(file)} is missing; {again}")
+    was = records.read_json(file)["precision"]
+    again = paths.command("model/add_lora", "--precision", chosen, "--force")
+    raise PipelineError(
+        f"{file.stem} was scored in {was}, and scores of {chosen} cannot be compared with it; "
+        + (f"go on with --precision {was}" if link.plain else f"run: {again}")
+    )
+
+
+def _prompts(paths: RunPaths) -> list[str]:
+    term, sentence = SAMPLES
+    question = evaluation.dev_items(paths, 1)[0]
+    return [prompts.dictionary(term), prompts.to_english(sentence), prompts.mcq_direct(question)]
 
 
 def _settings(args: argparse.Namespace, settings: StageSettings) -> StageSettings:
@@ -175,6 +322,9 @@ def _settings(args: argparse.Namespace, settings: StageSettings) -> StageSetting
         "max_length": args.max_length,
         "max_steps": args.max_steps,
         "look_every": args.show_samples_every,
+        "monitor_every": args.monitor_every,
+        "max_forgetting": args.max_forgetting,
+        "replay": args.replay,
     }
     changed = {k: v for k, v in values.items() if v is not None}
     if changed:
@@ -185,13 +335,6 @@ def _settings(args: argparse.Namespace, settings: StageSettings) -> StageSetting
     return profiles.with_overrides(settings, **changed)
 
 
-def _existing(folder: str) -> Path:
-    path = Path(folder).expanduser().resolve()
-    if not path.is_dir():
-        raise PipelineError(f"--base-model {folder}: no such folder; fetch a hub model with download_model.py first")
-    return path.parent if path.name in ("base", "adapter", "final") else path
-
-
 def scores_before(paths: RunPaths, link: chain.Link) -> Path:
     """The evaluation of the model that this stage starts from."""
     if link.adapter is not None:
@@ -199,29 +342,146 @@ def scores_before(paths: RunPaths, link: chain.Link) -> Path:
     return paths.scores("merged" if link.folder.parent.name == paths.another_lora_added.parent.name else "extended")
 
 
-def _base_fingerprint(link: chain.Link) -> str:
-    record = chain.read_record(link.base.parent / chain.RECORD_NAME)
-    return record["fingerprint"]
+def _base_identity(link: chain.Link) -> dict[str, Any]:
+    """What the record says of the base, so that an adapter is never put on another one."""
+    if link.plain:
+        files = base_model.described(link.base)
+        return {"base_fingerprint": base_model.fingerprint(files), "base_files": files}
+    return {"base_fingerprint": read_record(link.base.parent / RECORD_NAME)["fingerprint"]}
 
 
-def _samples(model: Any, tokenizer: Any, paths: RunPaths) -> list[dict[str, str]]:
-    """The model's own words on fixed prompts: the same for every stage."""
-    from medgemma_korean import prompts
+# on a plain base ----------------------------------------------------------------------------------------
 
-    asked = [prompts.dictionary("고혈압"), prompts.to_english("어디가 아프세요?")]
-    asked.append(prompts.mcq_direct(evaluation.dev_items(paths, 1)[0]))
-    return [{"prompt": p, "answer": evaluation.generate(model, tokenizer, p)} for p in asked]
+
+def _require_apart(link: chain.Link, target: Path) -> None:
+    for folder in (link.folder, link.base):
+        if folder.is_relative_to(target) or target.is_relative_to(link.base):
+            raise PipelineError(f"{show(target)} would be written, and holds what is trained on; use another --output")
+
+
+def _require_plain(link: chain.Link) -> None:
+    """Raise PipelineError unless a plain base is whole, and the one that an adapter on it was trained on."""
+    if link.adapter is not None:
+        chain.check_base(link.folder, read_record(link.folder / RECORD_NAME), link.base, thorough=True)
+        return
+    base_model.require_whole(link.base)
+
+
+def _require_letters(base: Path, tokenizer: Any) -> None:
+    try:
+        evaluation.letter_ids(tokenizer)
+    except (AssertionError, ValueError) as error:
+        raise PipelineError(f"{show(base)}: its tokenizer is not that of a Gemma 3 ({error})") from None
+
+
+def _adapter_settings(profile: ModelProfile, second: bool) -> dict[str, Any]:
+    """What of a fresh adapter changes the result, beside its scale and the seed."""
+    rank, dropout = (profile.second_rank, profile.second_dropout) if second else (profile.lora_rank, 0.0)
+    return {"rank": rank, "dropout": dropout}
+
+
+def _measured(link: chain.Link) -> Path:
+    """The folder that says how the precision of a base was chosen: its own, else that of what was trained on it."""
+    return link.folder if link.plain and precision.stored(link.base) is None else link.base
+
+
+def _asked(link: chain.Link, wanted: str, profile: ModelProfile) -> str:
+    """The precision, or "auto" where one is still to be chosen: the same command is complete without a probe."""
+    if wanted != "auto" or (link.untouched and precision.stored(link.base) is None):
+        return wanted
+    return precision.chosen(_measured(link), profile)
+
+
+def _precision(
+    link: chain.Link,
+    asked: str,
+    target: Path,
+    profile: ModelProfile,
+    paths: RunPaths,
+    device: str,
+    stage: str,
+    shard: bool,
+) -> tuple[str, dict[str, Any] | None]:
+    """The precision to train in, and how it was chosen (None where add_lora did).
+
+    An interrupted training goes on in what it had. Raises PipelineError where a quantised base did not pass its probe.
+    """
+    if not link.untouched:
+        precision.require_passing(_measured(link), asked)
+        return asked, precision.stored(_measured(link)) if link.plain else None
+    for folder in (target.with_name(f".{target.name}.partial"), link.base):
+        if (found := precision.stored(folder)) and (asked == "auto" or _passed(found, asked)):
+            return found["precision"] if asked == "auto" else asked, found
+    if shard and asked in memory.UNQUANTISED.values():
+        # What fits is predicted for a share of it; `choose` would ask for room for all of it on one card.
+        dtype = next(name for name, short in memory.UNQUANTISED.items() if short == asked)
+        choice = precision.Choice(asked, dtype, asked, "not quantised, so that no probe is needed", "base model")
+        return asked, choice.as_dict()
+    choice = precision.choose(link.base, asked, profile, paths, device, measured_on="base model", stages=(stage,))
+    found = processes.agreed(choice.as_dict())
+    return found["precision"], found
+
+
+def _passed(found: dict[str, Any], asked: str) -> bool:
+    return asked not in precision.QUANTISED or any(
+        probe["precision"] == asked and probe["passed"] for probe in found["probes"]
+    )
+
+
+def _fresh_adapter(folder: Path, base: Path, profile: ModelProfile, second: bool, seed: int) -> Path:
+    """The adapter that training on a plain base starts from, made once by seed: LoRA, and the base's own new rows."""
+    made = folder / FRESH
+    if processes.is_main() and not made.is_dir():
+        part = made.with_name(f"{FRESH}.part")
+        shutil.rmtree(part, ignore_errors=True)  # of a kill
+        ids = [] if second else base_model.new_ids(base)
+        checkpoints.fresh_adapter(base, part, profile, second=second, new_ids=ids, seed=seed)
+        part.rename(made)
+    processes.wait()
+    return made
+
+
+def _keep_of_base(folder: Path, choice: dict[str, Any] | None, first: dict[str, Any]) -> None:
+    """What a later stage asks of the base stays with what was trained on it."""
+    if not processes.is_main():
+        return
+    if choice is not None:
+        records.write_json(folder / precision.FILE, choice)
+    if first:
+        records.write_json(folder / BEFORE, first)
+
+
+def _score_base(
+    model: Any, tokenizer: Any, folder: Path, paths: RunPaths, profile: ModelProfile, chosen: str
+) -> dict[str, Any]:
+    """The scores of the base, taken once: a fresh adapter changes nothing, so that its model is the base."""
+    file = folder / BEFORE
+    if processes.agreed(file.is_file()):
+        return records.read_json(file)
+    log.info("scoring the base before training")
+    with processes.gathered(model):
+        found = evaluation.evaluate(model, tokenizer, paths, profile, which="base", precision=chosen)
+    found = processes.agreed(found)
+    log.info("base: %s", evaluation.summary(found))
+    if processes.is_main():
+        records.write_json(file, found)
+    return found
+
+
+# what is written ----------------------------------------------------------------------------------------
 
 
 def _finish(folder, model, outcome, after, context: Context, program: str, stage: Stage, more: dict) -> None:
     """`final/`, `training_info.json`, `evaluation.json` and the model card."""
     final = folder / "final"
-    if final.exists():
+    if final.exists() and processes.is_main():
         shutil.rmtree(final)
     # What PEFT writes points from the adapter to its base, so that the folder can be moved with the project.
     target = stage.outputs[0]
     model.peft_config["default"].base_model_name_or_path = os.path.relpath(context.link.base, target / "final")
     modeling.save_adapter(model, final)
+    if not processes.is_main():
+        return
     tokenizers.copy(context.link.base, final)
     records.write_json(folder / "evaluation.json", after)
     info = {
@@ -242,5 +502,6 @@ def _finish(folder, model, outcome, after, context: Context, program: str, stage
         **more,
     }
     records.write_json(folder / "training_info.json", info)
-    card = report.model_card(context.paths, context.profile, program, info, after, context.link.base, target)
+    upstream = base_model.terms(context.link.base, context.paths.models.parent) if context.link.plain else None
+    card = report.model_card(context.paths, context.profile, program, info, after, context.link.base, target, upstream)
     records.write_text(folder / "README.md", card)

@@ -1,7 +1,4 @@
-"""Rows to labels, packing, the trainer with its guards, checkpoints and resume. One trainer for all stages.
-
-The whole order of a stage's rows (epochs, shuffles, replay) is laid out before training and read sequentially, so
-that an interrupted run continues with exactly the row it stopped before.
+"""The trainer with its guards, checkpoints and resume. One trainer for all stages.
 
 torch, transformers and trl are imported inside functions.
 """
@@ -11,207 +8,32 @@ from __future__ import annotations
 import json
 import math
 import os
-import random
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from medgemma_korean import cli, modeling, progress, prompts, records
-from medgemma_korean import tokenizer as tokenizers
-from medgemma_korean.cli import Interrupted, PipelineError, log
+from medgemma_korean import batches, cli, evaluation, inspection, modeling, processes, progress, records, token_rows
+from medgemma_korean.cli import GateError, Interrupted, PipelineError, log
 from medgemma_korean.paths import RunPaths, show
 from medgemma_korean.profiles import ModelProfile, StageSettings
 
-Row = dict[str, list[int]]  # input_ids and labels; a packed row has seq_lengths too
-MASKED = -100
-MAX_DROPPED = 0.05  # share of rows that may be too long before a stage refuses to train on the rest
-
-
-# rows ---------------------------------------------------------------------------------------------------
-
-
-def exchange_row(tokenizer: Any, prompt: str, completion: str, max_length: int) -> Row | None:
-    """One exchange; only the completion and its `<end_of_turn>\\n` are supervised. None when it is too long."""
-    ids, start = prompts.render(tokenizer, prompt, completion)
-    if len(ids) > max_length:
-        return None
-    return {"input_ids": ids, "labels": [MASKED] * start + ids[start:]}
-
-
-def mcq_row(
-    tokenizer: Any,
-    item: dict[str, Any],
-    max_length: int,
-    build: Callable[[dict[str, Any]], tuple[str, str]],
-    counts: dict[str, int],
-) -> Row | None:
-    """An exam question as a row. When it is too long the question loses its beginning, never options or answer.
-
-    build: prompt and completion of an item. Counts "shortened" and "too_long".
-    """
-    row = exchange_row(tokenizer, *build(item), max_length)
-    question = item["question"]
-    while row is None and len(question) > 40:
-        # A fifth at a time from the left: the sentence that asks stands at the end.
-        question = question[max(len(question) // 5, 1) :]
-        row = exchange_row(tokenizer, *build({**item, "question": "…" + question.lstrip()}), max_length)
-        if row is not None:
-            counts["shortened"] = counts.get("shortened", 0) + 1
-    if row is None:
-        counts["too_long"] = counts.get("too_long", 0) + 1
-    return row
-
-
-def text_rows(tokenizer: Any, text: str, max_length: int) -> list[Row]:
-    """Plain text as rows: `<bos>` text `<eos>`, everything supervised; a long text becomes several rows."""
-    ids = tokenizers.encode(tokenizer, text)
-    width = max_length - 2  # room for <bos> and <eos>
-    rows = []
-    for start in range(0, len(ids), width):
-        end = [tokenizer.eos_token_id] if start + width >= len(ids) else []
-        part = [tokenizer.bos_token_id, *ids[start : start + width], *end]
-        rows.append({"input_ids": part, "labels": list(part)})
-    return rows
-
-
-def pack(rows: Sequence[Row], max_length: int) -> list[Row]:
-    """Pack rows into sequences of at most `max_length` tokens, best fit first (TRL), with `seq_lengths`.
-
-    Raises AssertionError for a row that is longer: the library would cut it.
-    """
-    from datasets import Dataset
-    from trl import pack_dataset
-
-    assert all(len(row["input_ids"]) <= max_length for row in rows), "a row is longer than a packed sequence"
-    if not rows:
-        return []
-    packed = pack_dataset(Dataset.from_list(list(rows)), max_length, "bfd")
-    return [{key: list(row[key]) for key in ("input_ids", "labels", "seq_lengths")} for row in packed]
-
-
-def epochs_of(make: Callable[[int], list[Row]], epochs: int, seed: int) -> list[Row]:
-    """The rows of all epochs in order; each epoch is made anew (`make(epoch)`) and shuffled with its own seed."""
-    ordered: list[Row] = []
-    for epoch in range(epochs):
-        rows = list(make(epoch))
-        random.Random(seed * 1000 + epoch).shuffle(rows)
-        ordered += rows
-    return ordered
-
-
-def mixed(main: list[Row], replay: list[Row], share: float, seed: int) -> list[Row]:
-    """`main` in its order with replay rows spread evenly until they hold `share` of the whole's tokens.
-
-    Replay rows are taken in a seeded shuffle and repeated, shuffled anew, where they do not suffice.
-    """
-    if not share or not replay:
-        return list(main)
-    wanted = sum(len(row["input_ids"]) for row in main) * share / (1 - share)
-    rng, chosen, queue, tokens = random.Random(seed), [], [], 0
-    while tokens < wanted:
-        if not queue:
-            queue = list(replay)
-            rng.shuffle(queue)
-        chosen.append(queue.pop())
-        tokens += len(chosen[-1]["input_ids"])
-    # Even spacing keeps every batch a mix; a shuffle would leave runs without replay.
-    keyed = [((i + 0.5) / len(main), 0, row) for i, row in enumerate(main)]
-    keyed += [((i + 0.5) / len(chosen), 1, row) for i, row in enumerate(chosen)]
-    return [row for *_, row in sorted(keyed, key=lambda entry: entry[:2])]
-
-
-def read_texts(file: Path, characters: int | None, seed: int) -> list[str]:
-    """The texts of a JSONL file; of a file that holds more than `characters`, a seeded share of about that many.
-
-    The share is taken from the file's size, so that one pass suffices and only what is used is held in memory.
-    """
-    # Hangul takes three bytes of UTF-8, Latin and the JSON around it one.
-    share = 1.0 if characters is None else min(1.0, characters / (file.stat().st_size / 3))
-    rng = random.Random(seed)
-    return [row["text"] for row in records.read_jsonl(file) if share == 1.0 or rng.random() < share]
-
-
-def sample(rows: list[Any], limit: int | None, seed: int) -> list[Any]:
-    """At most `limit` rows, drawn with a seed and kept in their order: never simply the first ones."""
-    if limit is None or limit >= len(rows):
-        return rows
-    return [rows[i] for i in sorted(random.Random(seed).sample(range(len(rows)), limit))]
-
-
-def replay_texts(tokenizer: Any, paths: RunPaths, max_length: int, seed: int) -> list[Row]:
-    """Rows of stage-00 training text to replay against forgetting: as many Korean as English ones."""
-    rows: dict[str, list[Row]] = {}
-    for folder in (paths.plain_text, paths.english_replay):
-        texts = [row["text"] for row in records.read_jsonl(folder / "train.jsonl")]
-        texts = sample(texts, 5000, seed)  # enough for any share; the real folders hold millions
-        rows[folder.name] = [row for text in texts for row in text_rows(tokenizer, text, max_length)]
-    size = min(map(len, rows.values()))
-    return [row for found in rows.values() for row in sample(found, size, seed)]
-
-
-def refuse_losses(program: str, dropped: int, total: int) -> None:
-    """Raise PipelineError when more than 5 % of the rows are too long: the rest would be another data set."""
-    if total and dropped / total > MAX_DROPPED:
-        raise PipelineError(
-            f"{program}: {dropped} of {total} rows are longer than --max-length; raise it "
-            f"(at most {MAX_DROPPED:.0%} may be)"
-        )
-
-
-def check_rows(rows: Sequence[Row], tokenizer: Any, packed: bool) -> None:
-    """Assert that no row is in a state that must be impossible; runs before every training."""
-    end_of_turn = tokenizer.convert_tokens_to_ids(tokenizers.END_OF_TURN)
-    start_of_turn = tokenizer.convert_tokens_to_ids(tokenizers.START_OF_TURN)
-    for number, row in enumerate(rows):
-        ids, labels = row["input_ids"], row["labels"]
-        lengths = row.get("seq_lengths", [len(ids)])
-        where = f"row {number}"
-        assert len(ids) == len(labels) and sum(lengths) == len(ids), f"{where}: lengths differ"
-        assert any(label != MASKED for label in labels[1:]), f"{where}: nothing is supervised"
-        assert tokenizer.pad_token_id not in ids, f"{where}: holds padding before batching"
-        assert all(label in (MASKED, i) for i, label in zip(ids, labels, strict=True)), f"{where}: foreign label"
-        start = 0
-        for length in lengths:
-            part = ids[start : start + length]
-            assert part[0] == tokenizer.bos_token_id, f"{where}: no <bos>"
-            assert part.count(tokenizer.bos_token_id) == 1, f"{where}: doubled <bos>"
-            start += length
-        if start_of_turn in ids:
-            assert end_of_turn in [label for label in labels if label != MASKED], f"{where}: end of turn not supervised"
-        assert packed or "seq_lengths" not in row, f"{where}: packed row in an unpacked stage"
-
-
-def show_row(tokenizer: Any, row: Row) -> str:
-    """A row as text, its supervised part between ⟦ and ⟧."""
-    text, supervised, run = "", False, []
-    for token, label in zip([*row["input_ids"], None], [*row["labels"], None], strict=True):
-        if token is None or (label != MASKED) != supervised:
-            text += tokenizer.decode(run)
-            text += "⟧" if supervised else ""
-            supervised, run = not supervised, []
-            text += "⟦" if supervised and token is not None else ""
-        run.append(token)
-    return text
-
-
 # checkpoints --------------------------------------------------------------------------------------------
 
-STATE_FILES = (
-    "adapter_config.json",
-    "adapter_model.safetensors",
-    "optimizer.pt",
-    "scheduler.pt",
-    "rng_state.pth",
-    "trainer_state.json",
-)
 CHECKPOINT_MARK = "complete.json"
+
+
+def state_files() -> list[str]:
+    """What a whole checkpoint holds: adapter, optimizer, schedule, and the generators of every process."""
+    found = ["adapter_config.json", "adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "trainer_state.json"]
+    several = processes.count() > 1
+    return found + [f"rng_state_{i}.pth" if several else "rng_state.pth" for i in range(processes.count())]
 
 
 def mark_checkpoint(folder: Path) -> None:
     """Write the sizes of a checkpoint's files last: its presence means the checkpoint is whole."""
-    missing = [name for name in STATE_FILES if not (folder / name).is_file()]
+    missing = [name for name in state_files() if not (folder / name).is_file()]
     if missing:
         raise AssertionError(f"{folder} lacks {', '.join(missing)}")
     sizes = {p.name: p.stat().st_size for p in sorted(folder.iterdir()) if p.name != CHECKPOINT_MARK}
@@ -258,10 +80,12 @@ class Outcome:
     steps: int
     best_step: int
     best: Path  # adapter of the best evaluation
-    history: list[dict[str, Any]]  # one entry an evaluation
+    history: list[dict[str, Any]]  # one entry a look, with its step; those of the monitor alone lack the metric
     loss: float  # mean of the last tenth of the steps
     trainable: dict[str, int]
     tokens: int = 0
+    micro_batch: int = 0  # rows a forward pass at the end; smaller than asked for where memory did not suffice
+    stopped: str | None = None  # why it ended before its last step
 
 
 @dataclass
@@ -271,11 +95,15 @@ class Plan:
     rows: all rows in the order they are trained. packed: they carry seq_lengths. rows_only_steps: steps in which
     only the new token rows move. evaluate: called on the model, returns a dict with the value under `metric`;
     `larger` says whether more is better, ties go to the smaller "loss" and then to the earlier step.
+    monitor: bits per character of held-out text, lower is better; measured before the first step, at every look and
+    every `monitor_every` steps. When one is more than `max_forgetting` worse than before, training ends, and looks
+    that are so are never the best.
     keep: steps at which to evaluate and to keep the adapter, with the folder's name. stop: called on the evaluations so
-    far, returns the reason to end before the last step, or None.
+    far, returns the reason to end before the last step, or None. samples: prompts that the model answers in the log at
+    every look.
     """
 
-    rows: list[Row]
+    rows: list[batches.Row]
     settings: StageSettings
     packed: bool
     metric: str
@@ -285,6 +113,8 @@ class Plan:
     seed: int = 17
     keep: dict[int, str] = field(default_factory=dict)
     stop: Callable[[list[dict[str, Any]]], str | None] | None = None
+    monitor: Callable[[Any], dict[str, float]] | None = None
+    samples: Sequence[str] = ()
 
     @property
     def steps(self) -> int:
@@ -302,70 +132,180 @@ class Plan:
         n = max(1, min(self.settings.evaluations, self.steps))
         return sorted({round(self.steps * (i + 1) / n) for i in range(n)})
 
-    def ended(self, history: list[dict[str, Any]]) -> bool:
-        """Whether training ends with the last of these evaluations, before its last step."""
-        return bool(self.stop and history and self.stop(history))
+    @property
+    def monitor_steps(self) -> list[int]:
+        """Steps at which only the monitor looks."""
+        every = self.settings.monitor_every
+        return list(range(every, self.steps, every)) if self.monitor and every else []
+
+    def ended(self, history: list[dict[str, Any]]) -> str | None:
+        """Why training ends with the last of these evaluations, before its last step; None where it goes on."""
+        if history and self.forgot(history[-1]):
+            return (
+                f"forgetting: at step {history[-1]['step']} held-out text takes {history[-1]['forgetting']:.1%} more "
+                f"bits per character than before this stage, more than {self.settings.max_forgetting:.0%}"
+            )
+        looks = [entry for entry in history if self.metric in entry]
+        return self.stop(looks) if self.stop and looks else None
+
+    def forgot(self, entry: dict[str, Any]) -> bool:
+        return entry.get("forgetting", 0.0) > self.settings.max_forgetting
+
+    def candidates(self, history: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The looks of which one may become the result."""
+        return [entry for entry in history if self.metric in entry and not self.forgot(entry)]
+
+
+MICRO_BATCH, REFERENCE, ROWS = ".micro_batch.json", ".reference.json", ".rows.json"  # in a training's folder
 
 
 def train(
-    model: Any, tokenizer: Any, plan: Plan, folder: Path, profile: ModelProfile, paths: RunPaths, stage: Any
+    model: Any,
+    tokenizer: Any,
+    plan: Plan,
+    folder: Path,
+    profile: ModelProfile,
+    paths: RunPaths,
+    stage: Any,
+    start: Path,
+    report_to: Sequence[str] = (),
+    sharded: bool = False,
 ) -> Outcome:
     """Train the adapter in `model` through a plan, with checkpoints in `folder`; continue from the newest one.
 
-    Raises PipelineError for a loss that is not finite or when nothing would train, Interrupted after a signal once
+    start: the adapter's folder. When memory does not suffice the rows of a forward pass are halved, and the rows of
+    an optimizer step stay. sharded: the base is divided between the processes.
+
+    Raises PipelineError for a loss that is not finite, rows that are not those of the checkpoint, no space for a
+    checkpoint or when nothing would train; GateError when all looks have forgotten; Interrupted after a signal, once
     the checkpoint is saved.
     """
+    if not plan.rows or plan.steps < 1:
+        raise PipelineError(f"{stage.program}: no rows to train on")
+    micro = plan.settings.micro_batch
+    # An interrupted training goes on with what it had: other sums would give other last bits.
+    if (folder / MICRO_BATCH).is_file():
+        micro = records.read_json(folder / MICRO_BATCH)["micro_batch"]
+    _same_rows(plan, folder, stage.program)
+    while True:
+        if processes.is_main():
+            records.write_json(folder / MICRO_BATCH, {"micro_batch": micro})
+        try:
+            return _train(model, tokenizer, plan, folder, profile, paths, stage, report_to, sharded, micro)
+        except (MemoryError, RuntimeError) as error:
+            if not out_of_memory(error):
+                raise
+            why = str(error).splitlines()[0] if str(error) else type(error).__name__
+        # Outside of the handler, where nothing holds the frames of the failed step any more.
+        if micro == 1:
+            raise PipelineError(f"{stage.program}: out of memory with one row at a time ({why}); {cli.MEMORY_ADVICE}")
+        micro = next(n for n in range(micro // 2, 0, -1) if plan.settings.batch % n == 0)
+        log.warning(
+            "out of memory (%s): going on with %s a forward pass; %s an optimizer step as before",
+            why, cli.count(micro, "row"), cli.count(plan.settings.batch, "row"),
+        )  # fmt: skip
+        if processes.count() > 1:  # the others wait for this one in the middle of a step
+            records.write_json(folder / MICRO_BATCH, {"micro_batch": micro})
+            raise PipelineError(f"{stage.program}: out of memory in one of several processes; run the command again")
+        modeling.free_memory()
+        modeling.load_adapter_weights(model, start)
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory did not suffice: CUDA's, Python's, or the CPU allocator's of torch."""
+    return isinstance(error, MemoryError) or (
+        type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
+    )
+
+
+def _same_rows(plan: Plan, folder: Path, program: str) -> None:
+    """Raise PipelineError when the rows are not those that the checkpoints in the folder were trained on."""
+    now = {"rows": len(plan.rows), "sha256": batches.digest(plan.rows), "processes": processes.count()}
+    file = folder / ROWS
+    if not file.is_file():
+        if processes.is_main():
+            records.write_json(file, now)
+        return
+    begun = records.read_json(file)
+    if begun["processes"] != now["processes"]:
+        raise PipelineError(
+            f"{program} was begun with {cli.count(begun['processes'], 'process').replace('processs', 'processes')}, "
+            f"and {now['processes']} run now; continue with as many, or add --force to start anew"
+        )
+    if begun != now:
+        raise PipelineError(
+            f"{program}: the rows laid out now ({now['rows']:,}) are not those that the checkpoint was trained on "
+            f"({begun['rows']:,}); add --force to start anew"
+        )
+
+
+def _train(
+    model: Any,
+    tokenizer: Any,
+    plan: Plan,
+    folder: Path,
+    profile: ModelProfile,
+    paths: RunPaths,
+    stage: Any,
+    report_to: Sequence[str],
+    sharded: bool,
+    micro_batch: int,
+) -> Outcome:
     import torch
-    from datasets import Dataset
     from transformers import PrinterCallback, TrainerCallback
     from trl import SFTConfig, SFTTrainer
 
     settings, program = plan.settings, stage.program
-    if not plan.rows or plan.steps < 1:
-        raise PipelineError(f"{program}: no rows to train on")
-    check_rows(plan.rows, tokenizer, plan.packed)
-    log.info("first row, supervised part in ⟦⟧:\n%s", _shortened(show_row(tokenizer, plan.rows[0])))
-    looks = plan.evaluation_steps
+    looks, monitored = plan.evaluation_steps, plan.monitor_steps
     device = next(model.parameters()).device
-    checkpoint = newest_checkpoint(folder)
+    checkpoint = processes.agreed(newest_checkpoint(folder) if processes.is_main() else None)
     if checkpoint is not None:
         done = int(checkpoint.name.split("-")[1])
         if done >= plan.steps:
             log.info("all %d steps are done; only the last evaluation is left", plan.steps)
         else:
             log.info("continuing after step %d of %d", done, plan.steps)
+    reference = _reference(model, plan, folder) if plan.monitor else {}
 
     class Guard(TrainerCallback):
         """Evaluates at fixed steps, keeps the best adapter, saves on a signal, stops on a bad loss, tells progress."""
 
         minute = cli.Every(60)
 
-        def on_pre_optimizer_step(self, args, state, control, **_):
-            if state.global_step < plan.rows_only_steps:
-                for name, parameter in model.named_parameters():
-                    if parameter.requires_grad and "trainable_tokens" not in name:
-                        parameter.grad = None
-
         def on_step_end(self, args, state, control, **_):
             step = state.global_step
-            if step in looks:
-                entry = {"step": step, **plan.evaluate(model)}
-                model.train()
-                history = _evaluations(state.log_history)
-                state.log_history.append({"step": step, "evaluation": entry})
-                if _better(entry, history, plan):
-                    _save_adapter(model, folder / f".best-{step}")
-                if step in plan.keep:
-                    _save_adapter(model, folder / plan.keep[step])
-                log.info("step %d of %d: %s", step, plan.steps, _line(entry))
-                progress.event(paths, program, event="evaluation", **entry)
-                control.should_save = True
-                if plan.ended([*history, entry]):
-                    control.should_training_stop = True
-            if cli.stop_requested():
+            if step in looks or step in monitored:
+                self.look(state, control)
+            if processes.any_of(cli.stop_requested()):
                 control.should_save = control.should_training_stop = True
+            if control.should_save:
+                require_space(folder, model, step)
             stage.tick(step, plan.steps, self.last(state))
             return control
+
+        def look(self, state, control):
+            step = state.global_step
+            # Process 0's numbers are everybody's: a decision on the last bit of a number must not differ.
+            entry = processes.agreed({"step": step, **_look(model, plan, step in looks, reference)})
+            wrong = [name for name, value in entry.items() if isinstance(value, float) and not math.isfinite(value)]
+            if wrong:
+                raise PipelineError(
+                    f"{program}: {', '.join(wrong)} at step {step} is no finite number; training stopped and the last "
+                    "good checkpoint stands. Try a smaller --learning-rate."
+                )
+            history = _evaluations(state.log_history)
+            state.log_history.append({"step": step, "evaluation": entry})
+            if plan.candidates([entry]) and _better(entry, history, plan):
+                _save_adapter(model, folder / f".best-{step}")
+            if step in plan.keep:
+                _save_adapter(model, folder / plan.keep[step])
+            log.info("step %d of %d: %s", step, plan.steps, _line(entry))
+            if step in looks:
+                _show_samples(model, tokenizer, plan.samples)
+            progress.event(paths, program, event="evaluation", **entry)
+            control.should_save = True
+            if plan.ended([*history, entry]):
+                control.should_training_stop = True
 
         def on_log(self, args, state, control, logs=None, **_):
             loss = (logs or {}).get("loss")
@@ -385,9 +325,11 @@ def train(
                 log.info("step %d of %d, loss %.3f", state.global_step, plan.steps, loss)
 
         def on_save(self, args, state, control, **_):
+            processes.wait()  # each has written the state of its generators
+            if not processes.is_main():
+                return
             mark_checkpoint(folder / f"checkpoint-{state.global_step}")
-            history = _evaluations(state.log_history)
-            if history:
+            if history := plan.candidates(_evaluations(state.log_history)):
                 keep = f".best-{best_of(history, plan)['step']}"
                 for old in folder.glob(".best-*"):
                     if old.name != keep and int(old.name.split("-")[1]) <= state.global_step:
@@ -413,6 +355,29 @@ def train(
             self.optimizer = torch.optim.AdamW(groups, lr=settings.learning_rate, weight_decay=0.0)
             return self.optimizer
 
+        def training_step(self, *args, **kwargs):
+            loss = super().training_step(*args, **kwargs)
+            if self.state.global_step < plan.rows_only_steps:
+                # Before the norm of all gradients is clipped, which has to be that of the rows.
+                for name, parameter in self.model.named_parameters():
+                    if parameter.requires_grad and "trainable_tokens" not in name:
+                        parameter.grad = None
+            return loss
+
+        def save_model(self, output_dir=None, _internal_call=False):
+            """The adapter alone: the tokenizer is the base's, and pickled arguments are nobody's business."""
+            modeling.save_adapter(self.model, Path(output_dir))
+
+        def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+            modeling.load_adapter_weights(self.model, Path(resume_from_checkpoint))
+
+        def _save_checkpoint(self, *args, **kwargs):
+            try:
+                super()._save_checkpoint(*args, **kwargs)
+            except (OSError, RuntimeError) as error:  # torch and safetensors have words of their own for a full disk
+                require_space(folder, model, self.state.global_step, str(error).splitlines()[0])
+                raise
+
         def create_model_card(self, *args, **kwargs):
             """Our own card is written when the stage completes."""
 
@@ -420,21 +385,22 @@ def train(
     config = SFTConfig(
         output_dir=str(folder),
         max_steps=plan.steps,
-        per_device_train_batch_size=settings.micro_batch,
-        gradient_accumulation_steps=settings.batch // settings.micro_batch,
+        per_device_train_batch_size=micro_batch,
+        gradient_accumulation_steps=_accumulation(settings.batch, micro_batch),
         learning_rate=settings.learning_rate,
         lr_scheduler_type="cosine_with_min_lr",
         lr_scheduler_kwargs={"min_lr_rate": 0.1},
         warmup_steps=settings.warmup,
         weight_decay=0.0,
         max_grad_norm=settings.max_grad_norm,
-        bf16=on_gpu and profile.dtype == "bfloat16",
+        bf16=on_gpu and modeling.compute_dtype(profile, str(device)) is torch.bfloat16,
         gradient_checkpointing=profile.gradient_checkpointing,
         logging_steps=1 if plan.steps <= 1000 else 10,
         logging_nan_inf_filter=False,
         save_strategy="no",  # the guard asks for every save
         save_total_limit=2,
-        report_to=["tensorboard"],
+        report_to=["tensorboard", *report_to],
+        run_name=f"{paths.name}-{program}",
         disable_tqdm=True,
         seed=plan.seed,
         data_seed=plan.seed,
@@ -448,49 +414,67 @@ def train(
         dataset_kwargs={"skip_prepare_dataset": True},
         save_only_model=False,
         enable_jit_checkpoint=False,
+        ddp_find_unused_parameters=False,
     )
-    config._n_gpu = 1  # one process, one GPU: with a second one visible the library would double every batch
-    assert config.train_batch_size == settings.micro_batch
+    if processes.count() == 1:
+        config._n_gpu = 1  # one process, one GPU: with a second one visible the library would double every batch
+    assert config.train_batch_size == micro_batch
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(folder / "runs")
     exact = {name: p.detach().float() for name, p in model.named_parameters() if p.requires_grad}
     trainer = Trainer(
         model=model,
         args=config,
-        train_dataset=Dataset.from_list(plan.rows),
+        train_dataset=batches.dataset(plan.rows),
         processing_class=tokenizer,
         callbacks=[Guard()],
     )
-    trainer.remove_callback(PrinterCallback)  # the guard reports; raw dictionaries are no log
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            # TRL has rounded them to bfloat16: too coarse for small updates, and for what an earlier stage learned.
-            parameter.data = exact[name]
-    # With an attention mask, or without restarting positions, rows laid end to end would attend to each other.
-    batch = trainer.data_collator([trainer.train_dataset[i] for i in range(min(2, len(plan.rows)))])
-    assert "attention_mask" not in batch and (batch["position_ids"] == 0).sum() >= min(2, len(plan.rows))
-    assert model.config.use_cache is False
-    trainable = modeling.trainable_parameters(model)
-    log.info(
-        "%d steps of %d rows, %s LoRA and %s token-row parameters train, learning rate %g (rows %g), scale %g",
-        plan.steps, settings.batch, f"{trainable['lora']:,}", f"{trainable['rows']:,}",
-        settings.learning_rate, settings.row_learning_rate, profile.lora_scale,
-    )  # fmt: skip
+    try:
+        trainer.remove_callback(PrinterCallback)  # the guard reports; raw dictionaries are no log
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                # TRL has rounded them to bfloat16: too coarse for small updates, and for what a stage before learned.
+                parameter.data = exact.pop(name)
+        token_rows.after_head(model)
+        if sharded:
+            processes.own_shards(trainer)
+        rows = model.get_base_model().get_input_embeddings().weight.shape[0]
+        log.info("%s", inspection.first_batch(plan, tokenizer, trainer.data_collator, rows))
+        assert model.config.use_cache is False
+        trainable = modeling.trainable_parameters(model)
+        log.info(
+            "%d steps of %d rows, %s LoRA and %s token-row parameters train, learning rate %g (rows %g), scale %g",
+            plan.steps, settings.batch, f"{trainable['lora']:,}", f"{trainable['rows']:,}",
+            settings.learning_rate, settings.row_learning_rate, profile.lora_scale,
+        )  # fmt: skip
+        require_space(folder, model, 0)
 
-    state = json.loads((checkpoint / "trainer_state.json").read_text()) if checkpoint else {}
-    log_history, steps = state.get("log_history", []), state.get("global_step", 0)
-    if steps < plan.steps and not plan.ended(_evaluations(log_history)):
-        cli.poll_for_stop(True)
-        try:
-            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        finally:
-            cli.poll_for_stop(False)
-        log_history, steps = trainer.state.log_history, trainer.state.global_step
-        if cli.stop_requested() and steps < plan.steps and not plan.ended(_evaluations(log_history)):
-            raise Interrupted(f"checkpoint saved at step {steps} of {plan.steps}")
+        state = json.loads((checkpoint / "trainer_state.json").read_text()) if checkpoint else {}
+        log_history, steps = state.get("log_history", []), state.get("global_step", 0)
+        if steps < plan.steps and not plan.ended(_evaluations(log_history)):
+            cli.poll_for_stop(True)
+            try:
+                trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            finally:
+                cli.poll_for_stop(False)
+            log_history, steps = trainer.state.log_history, trainer.state.global_step
+            stopped = processes.any_of(cli.stop_requested())
+            if stopped and steps < plan.steps and not plan.ended(_evaluations(log_history)):
+                raise Interrupted(f"checkpoint saved at step {steps} of {plan.steps}")
+    finally:
+        # What TRL and accelerate have put on the forward passes would be there twice after a second start.
+        token_rows.without_head(model)
     history = _evaluations(log_history)
-    if steps != plan.steps and not plan.ended(history):
+    stopped = plan.ended(history)
+    if steps != plan.steps and not stopped:
         raise AssertionError(f"trained {steps} steps instead of {plan.steps}")
-    best = best_of(history, plan)
+    if stopped:
+        log.warning("ended at step %d of %d: %s", steps, plan.steps, stopped)
+    if not plan.candidates(history):
+        raise GateError(
+            f"{program}: {stopped}; there is no checkpoint from before to go back to. Try a smaller --learning-rate, "
+            "more replay, or a smaller --show-samples-every"
+        )
+    best = best_of(plan.candidates(history), plan)
     losses = [e["loss"] for e in log_history if "loss" in e]
     tail = losses[-max(1, len(losses) // 10) :]
     return Outcome(
@@ -501,7 +485,67 @@ def train(
         loss=sum(tail) / len(tail),
         trainable=trainable,
         tokens=sum(len(row["input_ids"]) for row in plan.rows[: steps * settings.batch]),
+        micro_batch=micro_batch,
+        stopped=stopped,
     )
+
+
+def _accumulation(batch: int, micro_batch: int) -> int:
+    """Forward passes an optimizer step of each process. Raises PipelineError when the rows cannot be shared equally."""
+    together = micro_batch * processes.count()
+    if batch % together:
+        raise PipelineError(
+            f"{batch} rows an optimizer step cannot be shared by {processes.count()} processes of {micro_batch} rows; "
+            "use another --batch-size or --micro-batch"
+        )
+    return batch // together
+
+
+def _look(model: Any, plan: Plan, whole: bool, reference: dict[str, float]) -> dict[str, Any]:
+    """What a look sees: everything, or the monitor's bits alone; "forgetting" against the bits before the stage."""
+    with processes.gathered(model):
+        entry = plan.evaluate(model) if whole else {}
+        if plan.monitor and not reference.keys() <= entry.keys():
+            entry |= plan.monitor(model)
+    model.train()
+    if reference:
+        entry["forgetting"] = max(entry[name] / before for name, before in reference.items()) - 1
+    return entry
+
+
+def _reference(model: Any, plan: Plan, folder: Path) -> dict[str, float]:
+    """The monitor's numbers before the first step. Those of an interrupted training are kept beside it."""
+    file = folder / REFERENCE
+    if not file.is_file():
+        with processes.gathered(model):
+            found = processes.agreed(plan.monitor(model))
+        if processes.is_main():
+            records.write_json(file, found)
+        log.info("before the first step: %s", _line(found))
+        return found
+    return records.read_json(file)
+
+
+def _show_samples(model: Any, tokenizer: Any, asked: Sequence[str]) -> None:
+    with processes.gathered(model):
+        for prompt in asked:
+            answer = evaluation.generate(model, tokenizer, prompt)
+            log.info("sample: %s -> %s", " ".join(prompt.split())[-80:], answer)
+    model.train()
+
+
+def require_space(folder: Path, model: Any, step: int, why: str = "") -> None:
+    """Raise PipelineError unless the disk has room for the next checkpoint; what is needed stands in the message."""
+    # Values, and the two moments of Adam, in float32; the best adapter beside the checkpoint.
+    need = 4 * 4 * sum(modeling.trainable_parameters(model).values()) + 1e6
+    free = shutil.disk_usage(folder).free
+    if free < need:
+        raise PipelineError(
+            f"no space for the next checkpoint: it needs {cli.size_text(need)}, {cli.size_text(free)} are free on the "
+            f"disk of {show(folder)}{f' ({why})' if why else ''}. "
+            + (f"Training stopped at step {step}; the last checkpoint stands. " if step else "")
+            + "Free some space and run the same command again."
+        )
 
 
 def _key(entry: dict[str, Any], plan: Plan) -> tuple[float, float, int]:
@@ -515,7 +559,8 @@ def best_of(history: list[dict[str, Any]], plan: Plan) -> dict[str, Any]:
 
 
 def _better(entry: dict[str, Any], history: list[dict[str, Any]], plan: Plan) -> bool:
-    return not history or _key(entry, plan) < _key(best_of(history, plan), plan)
+    before = plan.candidates(history)
+    return not before or _key(entry, plan) < _key(best_of(before, plan), plan)
 
 
 def _evaluations(log_history: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -524,11 +569,14 @@ def _evaluations(log_history: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def _save_adapter(model: Any, target: Path) -> None:
     part = target.with_name(f".{target.name}.part")
-    for old in (part, target):
-        if old.exists():
-            shutil.rmtree(old)  # the same step of a run that was killed before its checkpoint
+    if processes.is_main():
+        for old in (part, target):
+            if old.exists():
+                shutil.rmtree(old)  # the same step of a run that was killed before its checkpoint
     modeling.save_adapter(model, part)
-    part.rename(target)
+    if processes.is_main():
+        part.rename(target)
+    processes.wait()
 
 
 def _line(entry: dict[str, Any]) -> str:

@@ -6,9 +6,17 @@ Writes  model/raw_lora_added/<name>/{base,adapter}/, verdict.json       (--secon
 
     python script/model/add_lora.py --model tiny
     python script/model/add_lora.py --model tiny --second
+    python script/model/add_lora.py --model medgemma-27b --precision nf4
 
 The base is text-only, unquantised, its tied matrix grown and every new row initialised. Weights pass through memory a
-file at a time, so that a 27B needs less than 16 GB; only scoring loads a model.
+file at a time, so that a 27B needs less than 16 GB; only a probe and scoring load a model.
+
+Before anything is scored the precision of scoring and training is chosen, and a quantised one probed; the choice, its
+reason and its numbers lie beside the base in precision.json. The first time the raw model is probed, for the extended
+base too: the linear layers, which are all that is quantised, are the same weights in both, and they are measured on
+text that the model can read; with fresh rows the same text would measure how well it guesses. --second probes the
+merged base, whose linear layers are new, in the first base's precision. If it fails there another one is chosen, and
+the raw model is scored again in that one (scores/base-<precision>.json): scores in two precisions compare nothing.
 """
 
 from __future__ import annotations
@@ -19,13 +27,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from medgemma_korean import chain, cli, records
+from medgemma_korean import chain, cli, precision, records
 from medgemma_korean.cli import PipelineError, log
 from medgemma_korean.paths import RunPaths, show
 from medgemma_korean.profiles import ModelProfile
 from medgemma_korean.stage import Input, Stage
 
-FORMAT = 2
+FORMAT = 3
 SEED = 17
 CHECKED_TOKENS = 128  # of held-out exam questions, to which a merged and an unmerged model must answer alike
 
@@ -33,25 +41,28 @@ CHECKED_TOKENS = 128  # of held-out exam questions, to which a merged and an unm
 def score(
     folder: Path,
     which: str,
+    choice: precision.Choice,
     args: argparse.Namespace,
     profile: ModelProfile,
     paths: RunPaths,
     also: Callable[[Any, Any, dict], Any] | None = None,
+    file: Path | None = None,
 ) -> tuple[dict, Any]:
-    """Load a base in the run's precision, score it, and write `model/report/<name>/scores/<which>.json`.
+    """Load a base in the chosen precision, score it, and write `model/report/<name>/scores/<which>.json`, or `file`.
 
     Returns the scores and what `also(model, tokenizer, scores)` returns, asked while the model is loaded.
     """
     from medgemma_korean import evaluation, modeling
     from medgemma_korean import tokenizer as tokenizers
 
-    precision = args.precision or profile.precision
-    model = modeling.load_base(folder, profile, modeling.pick_device(args.device), precision)
+    model = modeling.load_base(folder, profile, modeling.pick_device(args.device), choice.precision)
     tokenizer = tokenizers.load(folder)
-    result = evaluation.evaluate(model, tokenizer, paths, profile, which=which, precision=precision)
+    result = evaluation.evaluate(model, tokenizer, paths, profile, which=which, precision=choice.precision)
     log.info("%s: %s", which, evaluation.summary(result))
     more = also(model, tokenizer, result) if also else None
-    records.write_json(paths.scores(which), result)
+    records.write_json(file or paths.scores(which), result)
+    del model
+    modeling.free_memory()
     return result, more
 
 
@@ -75,7 +86,7 @@ def require_own_tokenizer(paths: RunPaths, base_tokenizer: Any, tokenizer: Any) 
 
 def first(args: argparse.Namespace, profile: ModelProfile, paths: RunPaths, stage: Stage) -> None:
     """Extend the raw model's rows and put the first adapter beside it."""
-    from medgemma_korean import checkpoints, evaluation
+    from medgemma_korean import checkpoints, evaluation, modeling
     from medgemma_korean import tokenizer as tokenizers
 
     base_tokenizer, tokenizer = tokenizers.load(paths.raw_model), tokenizers.load(paths.tokenizer)
@@ -84,14 +95,18 @@ def first(args: argparse.Namespace, profile: ModelProfile, paths: RunPaths, stag
     texts = evaluation.held_out_texts(paths, profile)
     look = {"window": profile.score_window, "batch": profile.score_batch}
     with stage.work() as folder:
+        stage.tick(1, 7, "choosing the precision")
+        device = modeling.pick_device(args.device)
+        choice = precision.choose(paths.raw_model, args.precision, profile, paths, device, measured_on="base")
+        stage.warnings += choice.warnings
         # The untouched model is scored as text-only too: the same class and precision as everything after it.
-        stage.tick(1, 6, "scoring the base")
+        stage.tick(2, 7, "scoring the base")
 
         def mean_state(model: Any, tokenizer: Any, scores: dict) -> Any:
             return evaluation.mean_state(model, tokenizer, texts["english"], **look) if args.shift else None
 
-        before, state = score(paths.raw_model, "base", args, profile, paths, also=mean_state)
-        stage.tick(2, 6, "extending the rows")
+        before, state = score(paths.raw_model, "base", choice, args, profile, paths, also=mean_state)
+        stage.tick(3, 7, "extending the rows")
         raw = checkpoints.Checkpoint(paths.raw_model)
         old = raw.tensor(checkpoints.MATRIX)
         rows = tokenizers.rows_for(len(tokenizer), at_least=len(old))
@@ -101,15 +116,16 @@ def first(args: argparse.Namespace, profile: ModelProfile, paths: RunPaths, stag
         matrix = checkpoints.grown(old, len(base_tokenizer), rows, checkpoints.mean_rows(old, parts, shift))
         checkpoints.extend(raw, folder / "base", profile.dtype, matrix)
         finish_base(folder / "base", paths.tokenizer, [], new_ids, rows)
-        stage.tick(3, 6, "a fresh adapter")
+        precision.store(choice, folder / "base")
+        stage.tick(4, 7, "a fresh adapter")
         trainable = save_fresh_adapter(folder, profile, second=False, new_ids=new_ids, seed=args.seed)
-        stage.tick(4, 6, "scoring the extended base")
+        stage.tick(5, 7, "scoring the extended base")
 
         def init_look(model: Any, tokenizer: Any, scores: dict) -> dict[str, dict[str, float]]:
             bits, trained = scores["bits_per_character"], old[: len(base_tokenizer)]
             return rows_look(model, tokenizer, texts, bits, new_ids, trained, args.seed, **look)
 
-        after, rows_seen = score(folder / "base", "extended", args, profile, paths, also=init_look)
+        after, rows_seen = score(folder / "base", "extended", choice, args, profile, paths, also=init_look)
         verdict = judge(paths, before, after, rows_seen, args.shift)
         records.write_json(folder / "verdict.json", verdict)
         if new_ids and verdict["verdict"] != "extend":
@@ -118,6 +134,7 @@ def first(args: argparse.Namespace, profile: ModelProfile, paths: RunPaths, stag
             counts={"new_rows": len(new_ids), "rows": rows, "trainable": trainable},
             scores={"base": before["mcq"]["accuracy"], "extended": after["mcq"]["accuracy"]},
             metric=evaluation.summary(after),
+            precision=choice.as_dict(),
         )
 
 
@@ -199,7 +216,7 @@ def second(args: argparse.Namespace, profile: ModelProfile, paths: RunPaths, sta
     chain.check_tokenizer(link.base, link.adapter)
     with stage.work() as folder:
         info, base = modeling.base_info(link.base), folder / "base"
-        stage.tick(1, 4, "merging")
+        stage.tick(1, 5, "merging")
         if link.adapter is None:
             log.info("nothing was trained yet; the fresh adapter goes on the unmerged base")
             deltas, checkpoint = info["deltas"], checkpoints.Checkpoint(link.base)
@@ -211,16 +228,29 @@ def second(args: argparse.Namespace, profile: ModelProfile, paths: RunPaths, sta
             checkpoints.merge(link.base, link.adapter, base, profile.dtype, ids)
             deltas = [*info["deltas"], link.fingerprint]
         finish_base(base, link.base, deltas, info["new_ids"], modeling.text_config(base).vocab_size)
-        stage.tick(2, 4, "a fresh adapter")
+        stage.tick(2, 5, "a fresh adapter")
         trainable = save_fresh_adapter(folder, profile, second=True, new_ids=[], seed=args.seed)
-        stage.tick(3, 4, "scoring the merged base")
-        after, _ = score(base, "merged", args, profile, paths)
-        gate = evaluation.gate(records.read_json(paths.scores("base")), after, profile)
+        stage.tick(3, 5, "choosing the precision")
+        choice = precision.choose(
+            base, args.precision, profile, paths, modeling.pick_device(args.device), measured_on="merged",
+            preferred=precision.chosen(link.base, profile), stages=("02",),
+        )  # fmt: skip
+        stage.warnings += choice.warnings
+        precision.store(choice, base)
+        stage.tick(4, 5, "scoring the merged base")
+        after, _ = score(base, "merged", choice, args, profile, paths)
+        before = records.read_json(paths.scores("base"))
+        if before["precision"] != choice.precision:
+            log.info("the base was scored in %s, and is scored again in %s", before["precision"], choice.precision)
+            file = paths.scores(f"base-{choice.precision}")
+            before, _ = score(paths.raw_model, "base", choice, args, profile, paths, file=file)
+        gate = evaluation.gate(before, after, profile)
         stage.complete(
             counts={"trainable": trainable, "deltas": len(deltas)},
             scores={"merged": after["mcq"]["accuracy"]},
             gate=gate,
             metric=evaluation.summary(after),
+            precision=choice.as_dict(),
         )
 
 
@@ -242,7 +272,12 @@ def save_fresh_adapter(
 def make_parser() -> argparse.ArgumentParser:
     parser = cli.make_parser(__doc__, device=True)
     parser.add_argument("--second", action="store_true", help="merge what was trained and add the second adapter")
-    parser.add_argument("--precision", choices=("8bit", "nf4", "bf16", "fp32"), help="of the scores (default: profile)")
+    parser.add_argument(
+        "--precision",
+        choices=("auto", *precision.PRECISIONS),
+        default="auto",
+        help="of the frozen base while it is scored and trained (default: auto, the first that fits and passes)",
+    )
     parser.add_argument(
         "--shift",
         type=float,
@@ -263,7 +298,7 @@ def main(argv: list[str] | None = None) -> int:
         "rank": profile.second_rank if args.second else profile.lora_rank,
         "scale": profile.lora_scale,
         "dropout": profile.second_dropout if args.second else 0.0,
-        "precision": args.precision or profile.precision,
+        "precision": args.precision,  # as asked: the same command is complete without a probe
         "dtype": profile.dtype,
         "seed": args.seed,
     }

@@ -14,12 +14,13 @@ from __future__ import annotations
 
 import random
 import sys
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from medgemma_korean import chain, checkpoints, cli, evaluation, trained, training
+from medgemma_korean import batches, chain, checkpoints, cli, evaluation, trained, training
 from medgemma_korean.cli import PipelineError, log
-from medgemma_korean.paths import RunPaths
+from medgemma_korean.paths import RunPaths, show
 from medgemma_korean.stage import Input
 
 PROGRAM = "train_00_plain_text"
@@ -30,35 +31,54 @@ def data(paths: RunPaths) -> list[Input]:
     return [*chain.held_out_inputs(paths), english]
 
 
-def packed(context: trained.Context, folder: Path, limit: int | None) -> tuple[list[training.Row], int]:
-    """The packed sequences of a folder's training documents, and how many characters they hold."""
-    settings, length = context.settings, context.settings.max_length
+def packed(context: trained.Context, folder: Path, limit: int | None) -> tuple[list[batches.Row], int]:
+    """The packed sequences of a folder's training documents, and how many characters they hold.
+
+    Documents are read, encoded and packed one group after another: neither all texts nor all ids are held beside them.
+    Raises PipelineError when there is no text.
+    """
+    settings, length, file = context.settings, context.settings.max_length, folder / "train.jsonl"
     # Four characters a token is more than any text here has, so the cap of rows can always be filled.
     characters = settings.max_rows * length * 4 * settings.epochs if settings.max_rows else None
-    documents = training.sample(
-        training.read_texts(folder / "train.jsonl", characters, context.seed), limit, context.seed
-    )
-    if folder == context.paths.plain_text and context.args.max_characters:
-        documents = first_characters(documents, context.args.max_characters, context.seed)
-    context.counts[folder.name] = len(documents)
-    rows = [row for text in documents for row in training.text_rows(context.tokenizer, text, length)]
-    return training.pack(rows, length), sum(map(len, documents))
+
+    def texts() -> Iterator[str]:
+        return batches.read_texts(file, context.seed, characters, limit)
+
+    korean = folder == context.paths.plain_text
+    most = context.args.max_characters if korean else None
+    sizes: list[int] = []
+    documents = measured(first_characters(texts, most, context.seed) if most else texts(), sizes)
+    rows = batches.pack(batches.text_rows(context.tokenizer, documents, length), length)
+    if not rows:
+        raise PipelineError(f"{show(file)}: no text to train on")
+    context.counts[folder.name] = len(sizes)
+    return rows, sum(sizes)
 
 
-def first_characters(documents: list[str], most: int, seed: int) -> list[str]:
+def measured(documents: Iterable[str], sizes: list[int]) -> Iterator[str]:
+    """The documents as they come, their lengths in characters added to `sizes`."""
+    for text in documents:
+        sizes.append(len(text))
+        yield text
+
+
+def first_characters(texts: Callable[[], Iterable[str]], most: int, seed: int) -> Iterator[str]:
     """Documents in a seeded order, the last one cut, of `most` characters together: the same for any tokenizer.
 
-    Raises PipelineError when there are fewer.
+    texts: gives all documents, and is called twice: what is not chosen is never held. Raises PipelineError when there
+    are fewer characters.
     """
-    there = sum(map(len, documents))
-    if there < most:
-        raise PipelineError(f"--max-characters {most}: there are {there:,} characters of Korean training text")
-    order, chosen = list(documents), []
+    sizes = list(map(len, texts()))
+    if sum(sizes) < most:
+        raise PipelineError(f"--max-characters {most}: there are {sum(sizes):,} characters of Korean training text")
+    order, cuts = list(range(len(sizes))), {}
     random.Random(seed).shuffle(order)
     while most > 0:
-        chosen.append(order.pop()[:most])
-        most -= len(chosen[-1])
-    return chosen
+        number = order.pop()
+        cuts[number] = most
+        most -= sizes[number]
+    chosen = {number: text[: cuts[number]] for number, text in enumerate(texts()) if number in cuts}
+    return (chosen.pop(number) for number in cuts)
 
 
 def build(context: trained.Context) -> training.Plan:
@@ -67,8 +87,8 @@ def build(context: trained.Context) -> training.Plan:
     english, _ = packed(context, paths.english_replay, None)
     # A number of characters is a cap of its own: one of rows would hold other text for every tokenizer.
     most = None if args.max_characters else settings.max_rows
-    korean = training.epochs_of(
-        lambda epoch: training.sample(korean_once, most, context.seed + epoch),
+    korean = batches.epochs_of(
+        lambda epoch: batches.sample(korean_once, most, context.seed + epoch),
         settings.epochs,
         context.seed,
     )
@@ -76,8 +96,8 @@ def build(context: trained.Context) -> training.Plan:
     # of the Korean sequences that those steps hold.
     first, r1, r2 = settings.rows_only_steps, settings.replay_rows_only, settings.replay
     cut = round(len(korean) * first * (1 - r1) / (first * (1 - r1) + (1 - first) * (1 - r2))) if first else 0
-    head = training.mixed(korean[:cut], english, r1, context.seed)
-    rows = head + training.mixed(korean[cut:], english, r2, context.seed + 1)
+    head = batches.mixed(korean[:cut], english, r1, context.seed)
+    rows = head + batches.mixed(korean[cut:], english, r2, context.seed + 1)
     used = len(korean) / (len(korean_once) * settings.epochs)  # where rows are capped, an estimate
     context.counts |= {
         "rows": len(rows),
@@ -101,14 +121,14 @@ def build(context: trained.Context) -> training.Plan:
     return plan
 
 
-def token_rows(context: trained.Context, folder: Path, outcome: training.Outcome) -> dict[str, Any]:
+def moved_rows(context: trained.Context, model: Any, folder: Path, outcome: training.Outcome) -> dict[str, Any]:
     """How many of the new token rows moved. One whose token was never read was moved as a wrong answer alone."""
     start, best = checkpoints.Adapter(context.link.start), checkpoints.Adapter(outcome.best)
     if start.rows is None or best.rows is None:
         return {"token_rows": {"new": 0, "moved": 0, "never_read": 0}}
     moved = int((start.rows != best.rows).any(dim=1).sum())
     rows = context.plan.rows[: outcome.steps * context.settings.batch]
-    never = len(set(start.ids) - {token for row in rows for token in row["input_ids"]})
+    never = len(set(start.ids).difference(*(row["input_ids"] for row in rows)))
     log.info("token rows: %s of %s moved; %s were never read", f"{moved:,}", f"{len(best.ids):,}", f"{never:,}")
     return {"token_rows": {"new": len(best.ids), "moved": moved, "never_read": never}}
 
@@ -128,7 +148,7 @@ def main(argv: list[str] | None = None) -> int:
         data=data,
         build=build,
         choices={"max_characters": args.max_characters},
-        finish=token_rows,
+        finish=moved_rows,
     )
 
 

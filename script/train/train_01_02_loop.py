@@ -8,7 +8,8 @@ Writes  model/01_02_loop/<name>/{loop_N/,best/,final/,checkpoint-N/,training_inf
 
 The rows of all loops are laid out before training, so one optimizer and one learning-rate schedule run through them.
 Dev is looked at after every loop. Training ends when the lower end of its interval reaches the target, when
-`--patience` looks brought no better accuracy, or after `--max-loops`; a line says why, and what went wrong.
+`--patience` looks brought no better accuracy, after `--max-looks` (each look makes the best of them a little more
+flattering), after `--max-loops`, or when held-out text is forgotten; a line says why, and what went wrong.
 `final/` is the adapter of the best look with its tokenizer, `best/` the same adapter alone, `loop_N/` that of loop N.
 """
 
@@ -19,12 +20,13 @@ import math
 import os
 import shutil
 import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from medgemma_korean import cli, evaluation, mcq, profiles, records, trained, training
+from medgemma_korean import batches, cli, evaluation, mcq, processes, profiles, records, trained, training
 from medgemma_korean.cli import PipelineError, log
 from medgemma_korean.profiles import ModelProfile, StageSettings
 
@@ -32,8 +34,9 @@ import train_01_medical_dict as stage_01
 import train_02_kor_med_test as stage_02
 
 PROGRAM = "train_01_02_loop"
-TARGET, PATIENCE, MAX_LOOPS = 90.0, 3, 10
+TARGET, PATIENCE, MAX_LOOPS, MAX_LOOKS = 90.0, 3, 10, 20
 TRAIN_LOOK = 200  # training questions scored beside dev: enough to see whether their loss falls
+PARSED_LOOK = 40  # dev questions that the best model answers in words, to see whether an answer can be read
 NOISE = 0.01  # relative change of a loss below which it counts as level
 
 Look = Mapping[str, Any]
@@ -42,15 +45,28 @@ Look = Mapping[str, Any]
 # when to end, and why -----------------------------------------------------------------------------------
 
 
-def stop_reason(history: Sequence[Look], target: float, patience: int) -> str | None:
-    """Why training ends after these looks, or None. target: share that the lower end of the interval has to reach."""
+@dataclass(frozen=True)
+class Limits:
+    """What ends the loop. target: share that the lower end of the dev interval has to reach."""
+
+    target: float
+    patience: int
+    looks: int
+
+
+def stop_reason(history: Sequence[Look], limits: Limits) -> str | None:
+    """Why training ends after these looks, or None."""
     if not history:
         return None
-    if history[-1]["lower"] >= target:
+    if history[-1]["lower"] >= limits.target:
         return f"target reached: the dev interval starts at {history[-1]['lower']:.1%}"
     accuracies = [look["accuracy"] for look in history]
     since = len(history) - 1 - accuracies.index(max(accuracies))
-    return f"plateau: {cli.count(since, 'look')} without a better dev accuracy" if since >= patience else None
+    if since >= limits.patience:
+        return f"plateau: {cli.count(since, 'look')} without a better dev accuracy"
+    if len(history) >= limits.looks:
+        return f"look budget: {cli.count(len(history), 'look')} at dev"
+    return None
 
 
 def troubles(history: Sequence[Look], reference: Mapping[str, float], gate: float) -> list[str]:
@@ -77,16 +93,27 @@ def troubles(history: Sequence[Look], reference: Mapping[str, float], gate: floa
 
 
 def diagnosis(
-    history: Sequence[Look], target: float, patience: int, reference: Mapping[str, float], gate: float
+    history: Sequence[Look], limits: Limits, reference: Mapping[str, float], gate: float, stopped: str | None = None
 ) -> str:
     """The line that a run ends with: why it ended, its best look, and what went wrong."""
     best = min(history, key=lambda look: (-look["accuracy"], look["loss"], look["step"]))  # as the plan chooses
-    reason = stop_reason(history, target, patience) or f"target not reached in {cli.count(len(history), 'look')}"
+    reason = stopped or stop_reason(history, limits) or f"target not reached in {cli.count(len(history), 'look')}"
     parts = [
         reason,
         f"best dev {best['accuracy']:.1%} ({best['lower']:.1%} to {best['upper']:.1%}, step {best['step']})",
     ]
     return "; ".join(parts + troubles(history, reference, gate))
+
+
+def unread(model: Any, tokenizer: Any, items: Sequence[dict[str, Any]], batch: int) -> str | None:
+    """The trouble with answers that no letter can be read from, of a model that answers in words; None without."""
+    answers = evaluation.generate_letters(model, tokenizer, items, batch, most=8)
+    reasons = Counter(answer["reason"] for answer in answers if answer["predicted"] is None)
+    if not reasons:
+        return None
+    reason, most = reasons.most_common(1)[0]
+    share = f"{reasons.total()} of {cli.count(len(answers), 'answer')}"
+    return f"unparsed: {share} name no letter (mostly: {reason}, {most})"
 
 
 # rows ---------------------------------------------------------------------------------------------------
@@ -118,8 +145,8 @@ def alternate(
 
 
 def loop_settings(profile: ModelProfile) -> StageSettings:
-    """Those of stage 02, whose adapter this is; an epoch of each data set a loop."""
-    return replace(profile.mcq, epochs=1)
+    """Those of stage 02, whose adapter this is; an epoch of each data set a loop, and a look after each."""
+    return replace(profile.mcq, epochs=1, look_every=None)
 
 
 def dictionary_settings(context: trained.Context) -> StageSettings:
@@ -136,14 +163,17 @@ def build(context: trained.Context) -> training.Plan:
     log.info("loops of about %d rows end at steps %s", len(rows) // args.max_loops, ", ".join(map(str, ends)))
 
     dev = evaluation.dev_items(paths, args.eval_samples)
-    known = training.sample(list(records.read_jsonl(paths.mcq / "train.jsonl")), args.max_samples, context.seed)
-    known = training.sample(known, TRAIN_LOOK, context.seed)
+    known = batches.sample(mcq.read_items(paths.mcq / "train.jsonl"), args.max_samples, context.seed)
+    known = batches.sample(known, TRAIN_LOOK, context.seed)
     texts = evaluation.held_out_texts(paths, profile)
+
+    def monitor(model) -> dict[str, float]:
+        return evaluation.text_look(model, tokenizer, texts, profile)
 
     def look(model) -> dict[str, Any]:
         found = evaluation.dev_look(model, tokenizer, dev, profile.score_batch, histogram=True)
         found["train_loss"] = evaluation.dev_look(model, tokenizer, known, profile.score_batch)["loss"]
-        return found | evaluation.text_look(model, tokenizer, texts, profile)
+        return found | monitor(model)
 
     return training.Plan(
         rows=rows,
@@ -152,42 +182,50 @@ def build(context: trained.Context) -> training.Plan:
         metric="accuracy",
         larger=True,
         evaluate=look,
+        monitor=monitor,
         seed=context.seed,
         keep=ends,
-        stop=lambda history: stop_reason(history, args.target_accuracy / 100, args.patience),
+        stop=lambda history: stop_reason(history, limits_of(args)),
     )
 
 
-def finish(context: trained.Context, folder: Path, outcome: training.Outcome) -> dict[str, Any]:
+def limits_of(args: argparse.Namespace) -> Limits:
+    return Limits(args.target_accuracy / 100, args.patience, args.max_looks)
+
+
+def finish(context: trained.Context, model: Any, folder: Path, outcome: training.Outcome) -> dict[str, Any]:
     """`best/`, portable adapter configurations, and what the run tells beside its scores."""
     args, paths = context.args, context.paths
+    items = evaluation.dev_items(paths, PARSED_LOOK)
+    trouble = unread(model, context.tokenizer, items, context.profile.score_batch)
+    looks = [entry for entry in outcome.history if "accuracy" in entry]
+    bits = reference_bits(context)
+    line = diagnosis(looks, limits_of(args), bits, context.profile.gate_english, outcome.stopped)
+    line = "; ".join(part for part in (line, trouble) if part)
+    log.info("diagnosis: %s", line)
+    context.counts["rows"] = min(context.counts["rows"], outcome.steps * context.settings.batch)
+    loops = sorted(folder.glob("loop_*"), key=lambda found: int(found.name.split("_")[1]))
+    if processes.is_main():
+        _make_portable(context, folder, outcome, loops)
+    return {"diagnosis": line, "loops": len(loops)}
+
+
+def _make_portable(context: trained.Context, folder: Path, outcome: training.Outcome, loops: Sequence[Path]) -> None:
     best = folder / "best"
     if best.exists():
         shutil.rmtree(best)
     shutil.copytree(outcome.best, best)
-    target = Path(args.output).resolve() if args.output else paths.loop
-    loops = sorted(folder.glob("loop_*"), key=lambda found: int(found.name.split("_")[1]))
+    target = Path(context.args.output).resolve() if context.args.output else context.paths.loop
     for adapter in (best, *loops):
         config = records.read_json(adapter / "adapter_config.json")
         config["base_model_name_or_path"] = os.path.relpath(context.link.base, target / adapter.name)
         records.write_json(adapter / "adapter_config.json", config)
         (adapter / "README.md").unlink(missing_ok=True)  # PEFT's template; the stage's own card stands above
-    context.counts["rows"] = min(context.counts["rows"], outcome.steps * context.settings.batch)
-    line = diagnosis(
-        outcome.history,
-        args.target_accuracy / 100,
-        args.patience,
-        reference_bits(context),
-        context.profile.gate_english,
-    )
-    log.info("diagnosis: %s", line)
-    return {"diagnosis": line, "loops": len(loops)}
 
 
 def reference_bits(context: trained.Context) -> dict[str, float]:
     """Bits per character that the loop must not lose: the better of the base and the model it starts from."""
-    files = (context.paths.scores("base"), trained.scores_before(context.paths, context.link))
-    scores = [records.read_json(file) for file in files]
+    scores = (context.first, context.before)
     return {name: min(s["bits_per_character"][name] for s in scores) for name in ("korean", "english")}
 
 
@@ -200,6 +238,10 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--patience", type=cli.positive_int, default=PATIENCE, metavar="N",
         help=f"end after N looks without a better dev accuracy (default: {PATIENCE})",
+    )  # fmt: skip
+    parser.add_argument(
+        "--max-looks", type=cli.positive_int, default=MAX_LOOKS, metavar="N",
+        help=f"end after N looks at dev (default: {MAX_LOOKS})",
     )  # fmt: skip
     parser.add_argument(
         "--max-loops", type=cli.positive_int, default=MAX_LOOPS, metavar="N",
@@ -224,6 +266,7 @@ def main(argv: list[str] | None = None) -> int:
         choices={
             "target_accuracy": args.target_accuracy,
             "patience": args.patience,
+            "max_looks": args.max_looks,
             "max_loops": args.max_loops,
             "stage_01": {
                 "max_length": args.max_length or dictionary.max_length,

@@ -5,7 +5,8 @@ Writes  model/01_trained/<name>/{final/,checkpoint-N/,training_info.json,evaluat
 
     python script/train/train_01_medical_dict.py --model tiny
 
-Korean and English text of stage 00 is replayed, and its bits per character are watched.
+Korean and English text of stage 00 is replayed, and held-out text is watched: when it takes more than
+`--max-forgetting` more bits per character than before, training ends and the best checkpoint before that is the result.
 """
 
 from __future__ import annotations
@@ -13,13 +14,14 @@ from __future__ import annotations
 import hashlib
 import sys
 
-from medgemma_korean import chain, cli, evaluation, prompts, records, trained, training
+from medgemma_korean import batches, chain, cli, evaluation, prompts, records, trained, training
 from medgemma_korean.cli import PipelineError, log
 from medgemma_korean.dictionary import reversible
 from medgemma_korean.paths import RunPaths
 from medgemma_korean.stage import Input
 
 PROGRAM = "train_01_medical_dict"
+ENTRY = ("term", "definition")  # keys of dictionary and symbols
 HELD_OUT = 0.05  # share of terms and pairs, by hash, on which the best checkpoint is chosen
 
 
@@ -34,9 +36,9 @@ def data(paths: RunPaths) -> list[Input]:
 
 def exchanges(paths: RunPaths, counts: dict) -> list[tuple[str, str, str]]:
     """(key, prompt, completion) of everything that stage 01 asks; rows of one key are held out together."""
-    dictionary = records.read_json(paths.dictionary)
-    symbols = records.read_json(paths.characters)
-    pairs = list(records.read_jsonl(paths.pairs / "en_to_ko.jsonl"))
+    dictionary = records.read_list(paths.dictionary, needs=ENTRY)
+    symbols = records.read_list(paths.characters, needs=ENTRY)
+    pairs = list(records.read_jsonl(paths.pairs / "en_to_ko.jsonl", needs=("source", "target")))
     found = [(row["term"], prompts.dictionary(row["term"]), row["definition"]) for row in dictionary + symbols]
     backwards = reversible(dictionary)
     found += [(row["term"], prompts.dictionary_reverse(row["definition"]), row["term"]) for row in backwards]
@@ -53,36 +55,46 @@ def is_held_out(key: str) -> bool:
 
 def build(context: trained.Context) -> training.Plan:
     settings, paths, tokenizer, profile = context.settings, context.paths, context.tokenizer, context.profile
-    rows: list[training.Row] = []
-    validation: list[training.Row] = []
+    rows: list[batches.Row] = []
+    validation: list[batches.Row] = []
     dropped = 0
     for key, prompt, completion in exchanges(paths, context.counts):
-        row = training.exchange_row(tokenizer, prompt, completion, settings.max_length)
+        row = batches.exchange_row(tokenizer, prompt, completion, settings.max_length)
         if row is None:
             dropped += 1
         else:
             (validation if is_held_out(key) else rows).append(row)
-    training.refuse_losses(PROGRAM, dropped, dropped + len(rows) + len(validation))
+    batches.refuse_losses(PROGRAM, dropped, dropped + len(rows) + len(validation))
     if not validation:
         raise PipelineError("no dictionary entry or pair is held out; the data is too small to choose a checkpoint on")
-    rows = training.sample(rows, context.args.max_samples, context.seed)
-    main_rows = training.epochs_of(
-        lambda epoch: training.sample(rows, settings.max_rows, context.seed + epoch), settings.epochs, context.seed
+    rows = batches.sample(rows, context.args.max_samples, context.seed)
+    main_rows = batches.epochs_of(
+        lambda epoch: batches.sample(rows, settings.max_rows, context.seed + epoch), settings.epochs, context.seed
     )
-    replay = training.replay_texts(tokenizer, paths, settings.max_length, context.seed)
-    mixed = training.mixed(main_rows, replay, settings.replay, context.seed)
+    replay = batches.replay_texts(tokenizer, paths, settings.max_length, context.seed)
+    mixed = batches.mixed(main_rows, replay, settings.replay, context.seed)
     context.counts |= {"rows": len(mixed), "held_out": len(validation), "too_long": dropped}
     log.info("stage 01 rows: %s", context.counts)
     texts = evaluation.held_out_texts(paths, profile)
     items = evaluation.dev_items(paths, context.args.eval_samples)
 
+    def monitor(model) -> dict:
+        return evaluation.text_look(model, tokenizer, texts, profile)
+
     def look(model) -> dict:
         dev = evaluation.dev_look(model, tokenizer, items, profile.score_batch)
         loss = evaluation.completion_loss(model, validation, tokenizer, profile.score_batch)
-        return {**dev, "loss": loss, **evaluation.text_look(model, tokenizer, texts, profile)}
+        return {**dev, "loss": loss, **monitor(model)}
 
     return training.Plan(
-        rows=mixed, settings=settings, packed=False, metric="loss", larger=False, evaluate=look, seed=context.seed
+        rows=mixed,
+        settings=settings,
+        packed=False,
+        metric="loss",
+        larger=False,
+        evaluate=look,
+        monitor=monitor,
+        seed=context.seed,
     )
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import random
 import sys
 
-from medgemma_korean import chain, cli, evaluation, prompts, records, trained, training
+from medgemma_korean import batches, chain, cli, evaluation, mcq, prompts, records, trained, training
 from medgemma_korean.cli import log
 from medgemma_korean.paths import RunPaths
 from medgemma_korean.stage import Input
@@ -32,25 +32,25 @@ def direct(item: dict) -> tuple[str, str]:
     return prompts.mcq_direct(item), item["answer"]
 
 
-def epoch_rows(items: list[dict], epoch: int, context: trained.Context) -> list[training.Row]:
+def epoch_rows(items: list[dict], epoch: int, context: trained.Context) -> list[batches.Row]:
     """All rows of one epoch: each item direct, and reasoned where it has a rationale, options in a new order."""
     rng = random.Random(f"{context.seed}/{epoch}")
     reasoned = [item for item in items if item.get("reasoning")]
     rows = []
-    for item in training.sample(items, context.settings.max_rows, context.seed + epoch):
+    for item in batches.sample(items, context.settings.max_rows, context.seed + epoch):
         order = list(range(len(prompts.letters_of(item))))
         rng.shuffle(order)
         shuffled = prompts.shuffled(item, order)
         forms = [direct]
         if item.get("reasoning"):
-            others = [other for other in reasoned if other["id"] != item["id"]]
+            others = [other for other in reasoned if other is not item]
             example = rng.choice(others) if others and rng.random() < DETAILED else None
             context.counts["detailed" if example else "simple"] = (
                 context.counts.get("detailed" if example else "simple", 0) + 1
             )
             forms.append(lambda i, e=example: (prompts.mcq_reasoning(i, e), prompts.mcq_reasoned_answer(i)))
         for form in forms:
-            row = training.mcq_row(context.tokenizer, shuffled, context.settings.max_length, form, context.counts)
+            row = batches.mcq_row(context.tokenizer, shuffled, context.settings.max_length, form, context.counts)
             if row is not None:
                 rows.append(row)
     return rows
@@ -58,12 +58,12 @@ def epoch_rows(items: list[dict], epoch: int, context: trained.Context) -> list[
 
 def build(context: trained.Context) -> training.Plan:
     settings, paths, tokenizer, profile = context.settings, context.paths, context.tokenizer, context.profile
-    items = training.sample(list(records.read_jsonl(paths.mcq / "train.jsonl")), context.args.max_samples, context.seed)
-    rows = training.epochs_of(lambda epoch: epoch_rows(items, epoch, context), settings.epochs, context.seed)
-    training.refuse_losses(PROGRAM, context.counts.get("too_long", 0), context.counts.get("too_long", 0) + len(rows))
-    replay = training.replay_texts(tokenizer, paths, settings.max_length, context.seed)
+    items = batches.sample(mcq.read_items(paths.mcq / "train.jsonl"), context.args.max_samples, context.seed)
+    rows = batches.epochs_of(lambda epoch: epoch_rows(items, epoch, context), settings.epochs, context.seed)
+    batches.refuse_losses(PROGRAM, context.counts.get("too_long", 0), context.counts.get("too_long", 0) + len(rows))
+    replay = batches.replay_texts(tokenizer, paths, settings.max_length, context.seed)
     replay += dictionary_rows(context)
-    mixed = training.mixed(rows, replay, settings.replay, context.seed)
+    mixed = batches.mixed(rows, replay, settings.replay, context.seed)
     rationales = sum(1 for item in items if item.get("reasoning"))
     context.counts |= {"items": len(items), "rationales": rationales, "rows": len(mixed)}
     log.info("stage 02 rows: %s", context.counts)
@@ -79,14 +79,14 @@ def build(context: trained.Context) -> training.Plan:
     )
 
 
-def dictionary_rows(context: trained.Context) -> list[training.Row]:
+def dictionary_rows(context: trained.Context) -> list[batches.Row]:
     """Dictionary rows of stage 01, replayed where there is a dictionary."""
     if not context.paths.dictionary.is_file():
         return []
     length = context.settings.max_length
     found = (
-        training.exchange_row(context.tokenizer, prompts.dictionary(row["term"]), row["definition"], length)
-        for row in records.read_json(context.paths.dictionary)
+        batches.exchange_row(context.tokenizer, prompts.dictionary(row["term"]), row["definition"], length)
+        for row in records.read_list(context.paths.dictionary, needs=("term", "definition"))
     )
     return [row for row in found if row is not None]
 
