@@ -22,6 +22,9 @@ from pathlib import Path
 
 import pytest
 
+# As the programs do (cli.start_logging), for what torch computes in this process: set before it is imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 REPOSITORY = Path(__file__).resolve().parents[1]
 SAMPLE_RAW = REPOSITORY / "data" / "sample" / "01_raw"
 

@@ -32,11 +32,12 @@ def main(base: Path, adapter: Path, out: Path, how: str) -> None:
     held_out = tf.exchanges(3, seed=9)
     plan = training.Plan(
         rows=tf.exchanges(24),
-        settings=tf.stage_settings(evaluations=2),
+        settings=tf.stage_settings(evaluations=2, max_forgetting=9.0),
         packed=False,
         metric="loss",
         larger=False,
         evaluate=lambda model: {"loss": evaluation.completion_loss(model, held_out, tokenizer, 4)},
+        monitor=lambda model: {"korean_bits": evaluation.bits_per_character(model, tokenizer, tf.texts(2), 32, 4)},
         rows_only_steps=2,
     )
     if processes.is_main():

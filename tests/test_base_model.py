@@ -331,7 +331,9 @@ def run_here(here, refined_root, load_program, monkeypatch):
     shutil.copytree(refined_root / "data", here / "data")
     small = tf.profile(precision="fp32")
     settings = replace(small.plain_text, evaluations=1)
-    small = replace(small, plain_text=replace(settings, max_rows=16), mcq=replace(settings, max_length=640))
+    small = replace(
+        small, plain_text=replace(settings, max_rows=16, rows_only_steps=0.5), mcq=replace(settings, max_length=640)
+    )
     monkeypatch.setitem(profiles.MODELS, "tiny", small)
 
     def run(program, *args):
@@ -356,6 +358,9 @@ def test_from_a_multimodal_base_through_two_stages(run_here, here):
     assert config["base_model_name_or_path"] == "../../../base of others" and config["r"] == tf.profile().lora_rank
     assert not list(first.glob(".fresh*")) and not list(first.glob(".best*"))
     assert sorted(os.listdir(base)) == sorted(os.listdir(tf.multimodal_folder()))
+    # Without new rows no step is theirs alone.
+    steps = [e for e in records.read_json(first / "checkpoint-2/trainer_state.json")["log_history"] if "loss" in e]
+    assert len(steps) == 2 and all(step["grad_norm"] > 0 for step in steps)
     # The base without an adapter, in the same harness, has these very scores.
     alone, tokenizer = evaluation._load(evaluation.Candidate("x", base, None), profiles.MODELS["tiny"], "cpu", "fp32")
     profile = profiles.MODELS["tiny"]

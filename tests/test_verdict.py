@@ -70,19 +70,18 @@ def test_updates_are_judged_at_the_5th_percentile():
 
 
 @pytest.mark.parametrize(
-    "hidden, new, rows, added, training, gradient",
+    "hidden, new, rows, added, training",
     [
-        (2560, 2_000, 264_192, 10, 0.08, 1.35),
-        (2560, 10_000, 272_192, 51, 0.41, 1.39),
-        (5376, 10_000, 272_192, 107, 0.86, 2.93),
-        (5376, 24_000, 286_208, 258, 2.06, 3.08),
+        (2560, 2_000, 264_192, 10, 0.08),
+        (2560, 10_000, 272_192, 51, 0.41),
+        (5376, 10_000, 272_192, 107, 0.86),
+        (5376, 24_000, 286_208, 258, 2.06),
     ],
 )
-def test_memory_is_that_of_the_reference(hidden, new, rows, added, training, gradient):
+def test_memory_is_that_of_the_reference(hidden, new, rows, added, training):
     found = verdict.memory(262_145 + new, rows, 262_208, hidden, new)
     assert round(found["added_mb"]) == added
     assert round(found["row_training_gb"], 2) == training
-    assert found["gradient_gb"] == pytest.approx(gradient, abs=0.006)
     line = verdict.memory_line(found)
     assert line.passed is None and f"{rows:,} rows" in line.text
 

@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from medgemma_korean import batches, cli, evaluation, mcq, records
+from medgemma_korean import batches, cli, evaluation, mcq, precision, records
 from medgemma_korean.cli import PipelineError, log
 from medgemma_korean.paths import RunPaths, show
 from medgemma_korean.profiles import ModelProfile
@@ -112,12 +112,12 @@ def score(
     from medgemma_korean import modeling
 
     modeling.set_up_torch(SEED)
-    precision = profile.precision if args.precision == "auto" else args.precision
+    asked = precision.chosen(paths.raw_lora_added / "base", profile) if args.precision == "auto" else args.precision
     name = label(split, args.mode, args.exams, args.limit)
     first: dict[str, Any] | None = None
     results = {}
     for candidate, model, tokenizer in evaluation.loaded(
-        candidates, profile, modeling.pick_device(args.device), precision
+        candidates, profile, modeling.pick_device(args.device), asked
     ):
         minute = cli.Every(60)
 
@@ -136,7 +136,7 @@ def score(
         result = {
             "which": candidate.name,
             "model": show(candidate.adapter or candidate.base),
-            "precision": precision,
+            "precision": asked,
             "protocol": args.mode,
             "split": split,
             "items": records.digest_of([[item["id"], item["question"]] for item in items]),

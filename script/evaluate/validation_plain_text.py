@@ -17,7 +17,7 @@ import math
 import sys
 from typing import Any
 
-from medgemma_korean import cli, evaluation, records
+from medgemma_korean import cli, evaluation, precision, records
 from medgemma_korean import tokenizer as tokenizers
 from medgemma_korean.cli import PipelineError, log
 from medgemma_korean.paths import show
@@ -69,7 +69,7 @@ def main(argv: list[str] | None = None) -> int:
     cli.start_logging(paths, "validation_plain_text")
     evaluation.require_held_out(paths)
     candidates = evaluation.candidates(paths, args.models)
-    precision = profile.precision if args.precision == "auto" else args.precision
+    asked = precision.chosen(paths.raw_lora_added / "base", profile) if args.precision == "auto" else args.precision
 
     from medgemma_korean import modeling
 
@@ -77,14 +77,14 @@ def main(argv: list[str] | None = None) -> int:
     texts = evaluation.held_out_texts(paths, profile)
     models = {}
     for candidate, model, tokenizer in evaluation.loaded(
-        candidates, profile, modeling.pick_device(args.device), precision
+        candidates, profile, modeling.pick_device(args.device), asked
     ):
         log.info("%s: %s", candidate.name, show(candidate.adapter or candidate.base))
         models[candidate.name] = measured(model, tokenizer, texts, profile.score_window, profile.score_batch)
         del model  # room for the next
 
     result = {
-        "precision": precision,
+        "precision": asked,
         "window": profile.score_window,
         "texts": {
             name: {"documents": len(t), "characters": sum(map(len, t)), "sha256": records.digest_of(t)}
@@ -95,7 +95,7 @@ def main(argv: list[str] | None = None) -> int:
     records.write_json(paths.report / OUTPUT, result)
     header = ["model", *(f"bits/char {k}" for k in evaluation.LANGUAGES), *(f"ppl {k}" for k in evaluation.LANGUAGES)]
     log.info("\n%s\n", cli.table(rows(models), header))
-    log.info("precision %s; lower is better; written to %s", precision, show(paths.report / OUTPUT))
+    log.info("precision %s; lower is better; written to %s", asked, show(paths.report / OUTPUT))
     return 0
 
 

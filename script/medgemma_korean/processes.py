@@ -99,6 +99,7 @@ def any_of(flag: bool) -> bool:
 
 def shard(model: Any, device: str) -> None:
     """Divide the parameters of a PeftModel between all processes, each decoder layer a group of its own."""
+    import torch
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
@@ -106,6 +107,9 @@ def shard(model: Any, device: str) -> None:
     for layer in model.get_base_model().model.layers:
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)  # matrix, token rows and final norm: needed at both ends, so kept together
+    # The first forward pass decides what is the root, and `gathered` calls parts: so it is one of the whole.
+    with torch.no_grad():
+        model(input_ids=torch.zeros((1, 1), dtype=torch.long, device=device))
 
 
 def is_sharded(model: Any) -> bool:

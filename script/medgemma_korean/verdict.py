@@ -111,13 +111,12 @@ def updates_line(updates: Sequence[float], threshold: float) -> Line:
 
 
 def memory(ids: int, rows: int, old_rows: int, hidden: int, new_tokens: int) -> dict[str, float]:
-    """What the new rows cost: added megabytes in bf16, and gigabytes of row training and of the dense gradient."""
+    """What the new rows cost: added megabytes in bf16, and gigabytes of training them (`token_rows`)."""
     return {
         "ids": ids,
         "rows": rows,
         "added_mb": round((rows - old_rows) * hidden * DTYPE_BYTES["bfloat16"] / 1e6, 3),
         "row_training_gb": round(new_tokens * hidden * TRAINED_BYTES / 1e9, 4),
-        "gradient_gb": round(rows * hidden * DTYPE_BYTES["bfloat16"] / 1e9, 4),
     }
 
 
@@ -125,7 +124,7 @@ def memory_line(found: Mapping[str, float]) -> Line:
     """Informs; whether all of a training fits is check_gpu_memory's answer."""
     text = (
         f"{found['ids']:,} ids, {found['rows']:,} rows, {found['added_mb']:,.1f} MB more in bf16; row training "
-        f"{found['row_training_gb']:.2g} GB, dense gradient {found['gradient_gb']:.2g} GB"
+        f"{found['row_training_gb']:.2g} GB"
     )
     return Line("memory", None, text)
 

@@ -22,7 +22,8 @@ it: reading data, logging, checkpoints.
 
 Every measurement is a process of its own, the variants take turns in rounds, and a first step, which makes Adam's
 moments, is not timed. Peak memory is that of all its steps: what torch has allocated and reserved on a card; on a CPU
-the most resident memory of the whole process, which may take what is free when it starts (--memory: less). "Predicted"
+the most resident memory of the whole process, which may take what is free when it starts (--memory: less). "Of frozen"
+divides medians of the same run, on a CPU those of processor seconds, which other work on it changes less. "Predicted"
 is `medgemma_korean.memory`, for modules_to_save frozen and 16 bytes a parameter; it counts 1 GB for context and
 libraries, which torch's own numbers on a card leave out.
 """
@@ -369,30 +370,32 @@ def in_own_process(variant: str, precision: str, argv: Sequence[str]) -> dict[st
 def lines(results: dict[str, dict[str, list[dict[str, Any]]]], tokens: int) -> Iterator[str]:
     """A row for every precision and variant. results: {precision: {variant: its runs}}; tokens: of a step."""
     runs = [run for variants in results.values() for of in variants.values() for run in of]
-    second = "reserved GB" if any("reserved" in run for run in runs) else "CPU s"
+    card = any("reserved" in run for run in runs)
+    clock = "seconds" if card else "cpu"
     heads = ["precision", "variant", "s a step", "least to most", "tokens/s", "of frozen"]
-    heads += ["peak GB", second, "predicted GB", "LoRA", "rows"]
+    heads += ["peak GB", "reserved GB" if card else "CPU s", "predicted GB", "LoRA", "rows"]
     yield f"| {' | '.join(heads)} |"
     yield f"|{'---|' * len(heads)}"
     for precision, variants in results.items():
-        frozen = [s for run in variants.get("frozen", []) for s in run.get("seconds", [])]
+        frozen = _all(variants.get("frozen", []), clock)
         for variant, of in variants.items():
-            if any("out_of_memory" in run for run in of):
-                cells = ["out of memory", "", "", "", "", ""]
-            else:
-                seconds = [s for run in of for s in run["seconds"]]
+            cells = ["out of memory", "", "", "", "", ""]
+            if not any("out_of_memory" in run for run in of):
+                seconds, used = _all(of, "seconds"), statistics.median(_all(of, clock))
                 middle = statistics.median(seconds)
-                # Each round begins with fresh memory; the largest of them is the one that has to be there.
-                other = max(run["reserved"] for run in of) / GB if "reserved" in of[0] else None
                 cells = [
                     f"{middle:.3g}",
                     f"{min(seconds):.3g} to {max(seconds):.3g}",
                     f"{tokens / middle:,.0f}",
-                    f"{middle / statistics.median(frozen):.2f}" if frozen else "",
+                    f"{used / statistics.median(frozen):.2f}" if frozen else "",
                     f"{max(run['peak'] for run in of) / GB:.2f}",
-                    f"{statistics.median([s for run in of for s in run['cpu']]) if other is None else other:.3g}",
+                    f"{max(run['reserved'] for run in of) / GB:.2f}" if card else f"{used:.3g}",
                 ]
             yield f"| {' | '.join([precision, variant, *cells, *_planned_cells(of[0])])} |"
+
+
+def _all(runs: Sequence[dict[str, Any]], clock: str) -> list[float]:
+    return [value for run in runs for value in run.get(clock, [])]
 
 
 def _planned_cells(plan: dict[str, Any]) -> list[str]:
