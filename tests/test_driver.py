@@ -125,7 +125,7 @@ def test_plan_of_a_large_model_tells_the_room(root):
     done = drive("--plan", "--model", "medgemma-27b", "--data-dir", str(root / "data" / "sample"))
     assert "run medgemma-27b-sample" in done.stdout
     assert "about 163 of 163 GB are still needed for models (55 GB raw and two bases of 54.1 GB)" in done.stdout
-    assert "80 GB" in done.stdout
+    assert "48 GB" in done.stdout
 
 
 def test_status_without_a_run(root):

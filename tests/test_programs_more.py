@@ -79,6 +79,15 @@ def test_options():
     assert inspect_batches.make_parser().parse_args(["--stage", "01"]).stage == "01"
     with pytest.raises(PipelineError, match="at most 100"):
         loop.main(["--target-accuracy", "120"])
+    for replay in ("1", "-0.1", "x"):
+        with pytest.raises(SystemExit):
+            loop.make_parser().parse_args(["--replay", replay])
+
+
+def test_a_tracker_that_is_not_installed_is_one_error(monkeypatch, root):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(PipelineError, match="--report-to wandb: not installed; run: .venv/bin/pip install wandb"):
+        loop.main(["--report-to", "wandb"])
 
 
 # the loop -----------------------------------------------------------------------------------------------

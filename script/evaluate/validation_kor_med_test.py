@@ -116,9 +116,7 @@ def score(
     name = label(split, args.mode, args.exams, args.limit)
     first: dict[str, Any] | None = None
     results = {}
-    for candidate, model, tokenizer in evaluation.loaded(
-        candidates, profile, modeling.pick_device(args.device), asked
-    ):
+    for candidate, model, tokenizer in evaluation.loaded(candidates, profile, modeling.pick_device(args.device), asked):
         minute = cli.Every(60)
 
         def tick(done: int, total: int, which: str = candidate.name, minute: cli.Every = minute) -> None:

@@ -76,9 +76,7 @@ def main(argv: list[str] | None = None) -> int:
     modeling.set_up_torch(seed=17)
     texts = evaluation.held_out_texts(paths, profile)
     models = {}
-    for candidate, model, tokenizer in evaluation.loaded(
-        candidates, profile, modeling.pick_device(args.device), asked
-    ):
+    for candidate, model, tokenizer in evaluation.loaded(candidates, profile, modeling.pick_device(args.device), asked):
         log.info("%s: %s", candidate.name, show(candidate.adapter or candidate.base))
         models[candidate.name] = measured(model, tokenizer, texts, profile.score_window, profile.score_batch)
         del model  # room for the next

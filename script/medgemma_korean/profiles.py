@@ -210,13 +210,13 @@ MODELS: dict[str, ModelProfile] = {
             name="medgemma-4b",
             source="google/medgemma-4b-it",
             data="data",
-            hardware="one GPU with 24 GB (predicted)",
+            hardware="one GPU with 16 GB (predicted)",
         ),
         ModelProfile(
             name="medgemma-27b",
             source="google/medgemma-27b-text-it",
             data="data",
-            hardware="one GPU with 80 GB (predicted)",
+            hardware="one GPU with 48 GB (predicted)",
             lora_rank=32,
             score_batch=4,
             mcq=StageSettings(

@@ -249,6 +249,8 @@ def run(
             if processes.is_main():
                 for adapter in (*stage.outputs[0].glob(".best-*"), *stage.outputs[0].glob(FRESH)):
                     shutil.rmtree(adapter)
+                for name in training.OWN_FILES:
+                    (stage.outputs[0] / name).unlink(missing_ok=True)
     return 0
 
 
@@ -330,8 +332,9 @@ def _settings(args: argparse.Namespace, settings: StageSettings) -> StageSetting
     if changed:
         log.info("overridden: %s", ", ".join(f"{k} = {v}" for k, v in changed.items()))
     batch, micro = changed.get("batch", settings.batch), changed.get("micro_batch", settings.micro_batch)
-    if batch % micro:  # the nearest smaller one that divides the batch
-        changed["micro_batch"] = next(n for n in range(min(micro, batch), 0, -1) if batch % n == 0)
+    share = batch // processes.count()
+    if share and share % micro:  # the nearest smaller one that divides each process's rows
+        changed["micro_batch"] = next(n for n in range(min(micro, share), 0, -1) if share % n == 0)
     return profiles.with_overrides(settings, **changed)
 
 
@@ -407,7 +410,7 @@ def _precision(
     An interrupted training goes on in what it had. Raises PipelineError where a quantised base did not pass its probe.
     """
     if not link.untouched:
-        precision.require_passing(_measured(link), asked)
+        precision.require_passing(_measured(link), asked, paths)
         return asked, precision.stored(_measured(link)) if link.plain else None
     for folder in (target.with_name(f".{target.name}.partial"), link.base):
         if (found := precision.stored(folder)) and (asked == "auto" or _passed(found, asked)):

@@ -156,7 +156,9 @@ class Plan:
         return [entry for entry in history if self.metric in entry and not self.forgot(entry)]
 
 
-MICRO_BATCH, REFERENCE, ROWS = ".micro_batch.json", ".reference.json", ".rows.json"  # in a training's folder
+# In a training's folder, for the command that continues it: rows a forward pass, the monitor's numbers before the
+# first step, and what the rows were.
+OWN_FILES = MICRO_BATCH, REFERENCE, ROWS = ".micro_batch.json", ".reference.json", ".rows.json"
 
 
 def train(
