@@ -36,7 +36,7 @@ how
   --min-count N        times the training text must hold a new token
   --device D           cuda:0, cpu, ... (default: cuda:0 where there is one, else cpu)
   --precision P        of the frozen base: 8bit, nf4, bf16, fp32 (default: what a probe of the base allows)
-  --processes N        train on N cards (accelerate launch); --shard divides the base between them, with bf16
+  --processes N        train on N cards; --shard divides the base between them, with bf16
   --force              redo what differs from its record; old results are kept as .previous
   --allow-regression   go on where a gate fails
 operation
@@ -82,7 +82,7 @@ while (($#)); do
     --precision) precision=("$1" "$2"); shift ;;
     --processes)
       [[ $2 =~ ^[1-9][0-9]*$ ]] || die "--processes $2: not a number of processes"
-      [[ $2 == 1 ]] || launch=(-m accelerate.commands.launch --multi_gpu --num_processes "$2")
+      [[ $2 == 1 ]] || launch=("$script/operate/launch.py" "$2")
       shift ;;
     --shard) shard=("$1") ;;
     --epochs-00) epochs_00=(--epochs "$2"); range+=("$1" "$2"); shift ;;
@@ -179,19 +179,16 @@ finish() {  # CODE MESSAGE
 }
 
 stage() {  # NAME PROGRAM [ARGUMENT...]: run one stage, unless it is skipped or out of the range
-  local stage=$1 program=$2 code=0 several=() told=
+  local stage=$1 program=$2 code=0 several=()
   shift 2
-  if [[ $program == train/* && ${#launch[@]} -gt 0 ]]; then
-    several=("${launch[@]}")
-    told=$log.exit.$$   # a launcher of several processes ends with 1 whatever they end with; the first one tells
-  fi
+  [[ $program != train/* ]] || several=("${launch[@]}")
   [[ " $chosen " == *" $stage "* && " $skipped " != *" $stage "* ]] || return 0
   [[ ! $stopping ]] || finish 130 "interrupted before $stage; the same command continues"
   say "== $stage"
   note "$stage" running
   # Its own session: Ctrl-C reaches the driver alone, which tells the stage once. A second signal would end it
   # before its checkpoint is saved. It keeps the lock open, so that an orphan does not look like a free lock.
-  MEDGEMMA_KOREAN_STAGE=$stage MEDGEMMA_KOREAN_EXIT=$told \
+  MEDGEMMA_KOREAN_STAGE=$stage \
     setsid "$python" "${several[@]}" "$script/$program" "${run[@]}" "${force[@]}" "$@" < /dev/null &
   child=$!
   [[ ! $stopping ]] || kill -TERM "$child" 2> /dev/null || true   # the signal came before there was a child
@@ -200,7 +197,6 @@ stage() {  # NAME PROGRAM [ARGUMENT...]: run one stage, unless it is skipped or 
   while kill -0 "$child" 2> /dev/null; do wait "$child" || true; done
   [[ ! $stopping ]] || { code=0; wait "$child" || code=$?; }
   child=
-  [[ ! $told || ! -s $told ]] || { code=$(< "$told"); rm -f "$told"; }
   # 143: the signal came before the program was ready to catch it.
   [[ ! $stopping || $code != 143 ]] || code=130
   case $code in

@@ -71,6 +71,8 @@ def test_help_is_quick_and_imports_nothing_heavy(file, tmp_path):
 
 @every_program
 def test_a_wrong_option_and_a_wrong_model_are_one_line(file, load_program, monkeypatch, capfd):
+    if file.stem == "launch":
+        pytest.skip("hands its options on")
     monkeypatch.syspath_prepend(file.parent)  # as Python does for a program; *_all import their siblings
     monkeypatch.setattr(cli.log, "handlers", [])
     main = load_program(file.stem).main

@@ -5,6 +5,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,40 @@ def launch(number, *arguments):
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
     return result
+
+
+LAUNCH = JOB.parents[1] / "script" / "operate" / "launch.py"
+
+
+@pytest.mark.parametrize(
+    "code, expected",
+    [
+        ("sys.exit(3)", 3),
+        ("sys.exit(0 if rank == 0 else 2)", 2),
+        ("os.kill(os.getpid(), 9) if rank == 1 else None", 137),
+        ("assert (os.environ['WORLD_SIZE'], os.environ['LOCAL_RANK']) == ('2', str(rank))", 0),
+        ("signal.signal(15, lambda *_: sys.exit(130)); ready(); time.sleep(60)", 130),
+    ],
+    ids=["a gate", "one fails", "one is killed", "told", "stopped"],
+)
+def test_the_launcher_ends_with_what_the_program_ends_with(tmp_path, signals_heard, code, expected):
+    job = tmp_path / "job.py"
+    marks = [tmp_path / f"ready{rank}" for rank in (0, 1)]
+    job.write_text(
+        "import os, pathlib, signal, sys, time\nrank = int(os.environ['RANK'])\n"
+        f"ready = pathlib.Path({str(tmp_path)!r}, f'ready{{rank}}').touch\n{code}\n"
+    )
+    process = subprocess.Popen([sys.executable, LAUNCH, "2", job], preexec_fn=signals_heard)
+    if "ready()" in code:
+        while not all(mark.exists() for mark in marks):
+            time.sleep(0.05)
+        process.terminate()
+    assert process.wait(timeout=60) == expected
+
+
+def test_the_launcher_wants_a_program():
+    result = subprocess.run([sys.executable, LAUNCH, "2"], capture_output=True, text=True)
+    assert result.returncode == 2 and "no program to start" in result.stderr
 
 
 def trained(folder, number, how):

@@ -202,31 +202,22 @@ def poll_for_stop(active: bool) -> None:
         _polling.append(True)
 
 
-EXIT_VARIABLE = "MEDGEMMA_KOREAN_EXIT"  # a file for the exit code, where a launcher would hide it
-
-
 def run(main: Callable[[], int | None]) -> int:
     """Run a program's main and turn its outcome into an exit code.
 
     One message for what a user can cause; a traceback, in the log, only for a bug.
     """
-    code = _run(main)
-    if processes.is_main() and (told := os.environ.get(EXIT_VARIABLE)):
-        Path(told).write_text(str(code))
-    return code
-
-
-def _run(main: Callable[[], int | None]) -> int:
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         if signal.getsignal(number) != signal.SIG_IGN:  # nohup, and a shell's background jobs, set it to ignored
             signal.signal(number, _on_signal)
     try:
         return int(main() or EXIT_DONE)
     except PipelineError as error:
-        _say(f"error: {error}")
+        _say(f"error: {error}" if processes.is_main() else f"error in process {processes.rank()}: {error}")
         return error.exit_code
     except (Interrupted, KeyboardInterrupt) as error:
-        _say(f"interrupted ({error or 'SIGINT'}); run the same command again to continue")
+        if processes.is_main():
+            _say(f"interrupted ({error or 'SIGINT'}); run the same command again to continue")
         return EXIT_INTERRUPTED
     except MemoryError:
         _say(f"error: out of memory; {MEMORY_ADVICE}")
