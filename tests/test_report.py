@@ -1,89 +1,20 @@
-"""The table, the page and the model card hold what the JSON files say, and their paths exist."""
+"""The tables, the curves and the comparisons hold what the JSON files say."""
 
-import os
-import random
 import re
-from html.parser import HTMLParser
 
 import pytest
 import torch_fixtures as tf
+from report_fixtures import NAMES, evaluation_of, whole_run
 
-from medgemma_korean import mcq, records, report
+from medgemma_korean import records, report
+from medgemma_korean.cli import PipelineError
+from medgemma_korean.paths import RunPaths
 from medgemma_korean.stage import RECORD_NAME
-
-NAMES = ["base", "extended", "00", "01", "merged", "02"]
-
-
-def evaluation_of(name, right, number=60, seed=1):
-    """An evaluation with `right` of `number` items right and numbers that occur nowhere else."""
-    rng = random.Random(f"{name}/{seed}")
-    rows = []
-    for i in range(number):
-        gold = "ABCDE"[i % 5]
-        predicted = gold if i < right else "ABCDE"[(i + 1) % 5]
-        rows.append({"id": str(i), "exam": "doctor", "gold": gold, "predicted": predicted, "reason": "x"})
-    return {
-        "which": name,
-        "precision": "8bit",
-        "mcq": mcq.score(rows),
-        "bits_per_character": {k: rng.uniform(2, 9) for k in ("korean", "medical", "english")},
-        "tokens_per_character": {k: rng.uniform(0.1, 0.9) for k in ("korean", "medical", "english")},
-        "predictions": rows,
-        "samples": [{"prompt": f"{name}: <b>A & B?</b>", "answer": f'{name} "답"<end_of_turn>'}],
-    }
 
 
 @pytest.fixture
 def paths():
-    """A run with every evaluation and record that a report reads."""
-    found = tf.paths()
-    places = [found.scores("base"), found.scores("extended"), found.trained_00, found.trained_01]
-    places += [found.scores("merged"), found.trained_02]
-    for number, (name, place) in enumerate(zip(NAMES, places, strict=True)):
-        trained = place.suffix != ".json"
-        file = place / "evaluation.json" if trained else place
-        records.write_json(file, evaluation_of(name, right=12 + 6 * number))
-        if trained:
-            gate = {"passed": name != "01", "reasons": [], "p": 0.5, "english_ratio": 1.02}
-            gate["reasons"] = [] if gate["passed"] else ["dev accuracy fell <far>"]
-            record = {"program": f"train_{name}", "gate": gate, "trainable": {"lora": 12000, "rows": 345 + number}}
-            records.write_json(place / RECORD_NAME, {**record, "warnings": [f"{name} was odd"] if name == "02" else []})
-    records.write_json(
-        found.refined / ".stages" / "refine_00.json", {"counts": {"kept": 1234, "dropped": {"short": [1, 2]}}}
-    )
-    return found
-
-
-class Page(HTMLParser):
-    """Tables as rows of cells; fails on a tag that does not close."""
-
-    def __init__(self, text):
-        super().__init__(convert_charrefs=True)
-        self.open, self.tables, self.text, self.addresses = [], [], [], []
-        self.feed(text)
-        self.close()
-        assert self.open == []
-
-    def handle_starttag(self, tag, attrs):
-        self.addresses += [value for key, value in attrs if key in ("src", "href")]
-        assert tag != "script"
-        if tag == "meta":
-            return
-        self.open.append(tag)
-        if tag == "table":
-            self.tables.append([])
-        elif tag == "tr":
-            self.tables[-1].append([])
-        elif tag in ("td", "th"):
-            self.tables[-1][-1].append("")
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        self.text.append(data)
-        if self.open and self.open[-1] in ("td", "th"):
-            self.tables[-1][-1][-1] += data
+    return whole_run()
 
 
 def numbers(text):
@@ -127,91 +58,129 @@ def test_the_final_table_has_the_same_cells(paths):
         assert line.split() == " ".join(row).split()
 
 
-def test_the_page(paths):
-    page = Page(report.html_page(paths, tf.profile()))
-    rows = report.rows(report.evaluations(paths), report.trained_parameters(paths))
-    assert page.tables[0] == [report.COLUMNS, *rows]
-    assert page.addresses == []  # self-contained
-    text = "".join(page.text)
-    assert report.NOT_A_DEVICE in text and "02 was odd" in text
-    assert "train_01: FAILED (dev accuracy fell <far>)" in text and "train_00: passed" in text
-    samples = next(table for table in page.tables if table[0][0] == "prompt")
-    assert samples[0] == ["prompt", *NAMES]
-    for name, row in zip(NAMES, samples[1:], strict=True):  # each stage was asked another prompt here
-        answers = [f'{n} "답"<end_of_turn>' if n == name else "" for n in NAMES]
-        assert row == [f"{name}: <b>A & B?</b>", *answers]
-    data = next(table for table in page.tables if table[0] == ["program", "count", "number"])
-    assert data[1:] == [["refine_00", "kept", "1,234"], ["refine_00", "dropped / short", "2"]]
-    for name, evaluation in report.evaluations(paths).items():
-        assert f"{name}{evaluation['bits_per_character']['korean']:.3f}" in text  # the bar and its value
-    assert report.html_page(paths, tf.profile()) == report.html_page(paths, tf.profile())
-
-
-def test_the_page_of_a_run_that_has_only_begun():
-    page = Page(report.html_page(tf.paths(), tf.profile()))
-    assert page.tables[0] == [report.COLUMNS] and "none" in "".join(page.text)
-
-
-INFO = {
-    "steps": 40,
-    "train_samples": 1234,
-    "learning_rate": 5e-4,
-    "lora_scale": 2.0,
-    "trainable_parameters": {"lora": 1000, "rows": 234},
-    "best_step": 30,
-}
-
-
-@pytest.fixture
-def card(paths):
-    """A trained folder with its card, beside the base that it needs."""
-    import shutil
-
-    base = paths.raw_lora_added / "base"
-    folder = paths.trained_02
-    shutil.copytree(tf.base_folder(), base)
-    shutil.copytree(tf.moved_adapter_folder(), folder / "final")
-    tf.tokenizer().save_pretrained(folder / "final")
-    evaluation = records.read_json(folder / "evaluation.json")
-    text = report.model_card(paths, tf.profile(), "train_02_kor_med_test", INFO, evaluation, base, folder)
-    records.write_text(folder / "README.md", text)
-    return folder, text, evaluation
-
-
-def test_the_card_says_what_the_json_says(card):
-    _, text, evaluation = card
-    score = evaluation["mcq"]
-    assert f"{score['correct']} of {score['n']} = {score['accuracy']:.1%}" in text
-    assert f"{score['lower']:.1%} to {score['upper']:.1%}" in text
-    assert all(f"{value:.3f}" in text for value in evaluation["bits_per_character"].values())
-    assert "40 steps over 1,234 rows, learning rate 0.0005 at LoRA scale" in text
-    assert "1,234 parameters trained" in text and re.search(r"checkpoint of step\s+30", text)
-    assert report.NOT_A_DEVICE in text and "within chance" not in text
-    assert text.startswith("---\nlanguage: [ko, en]\n")
-
-
-def test_the_cards_code_finds_its_files_and_runs(card, monkeypatch, capsys):
-    folder, text, _ = card
-    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    (relative,) = re.findall(r'base = folder / "(.*)"', code)
-    assert not os.path.isabs(relative) and (folder / relative / "config.json").is_file()
-    monkeypatch.chdir(folder)
-    # The shipped code generates 64 tokens; two show as much.
-    exec(compile(code.replace("max_new_tokens=64", "max_new_tokens=2"), "README.md", "exec"), {})
-    assert capsys.readouterr().out
-
-
-def test_the_card_of_a_model_within_chance(paths):
-    evaluation = evaluation_of("02", right=12)
-    text = report.model_card(
-        paths, tf.profile(), "p", INFO, evaluation, paths.raw_lora_added / "base", paths.trained_02
-    )
-    assert "so this is within chance" in text
-
-
 def test_rationales_are_told_with_their_share_of_the_rows():
     assert report.rationale_line(tf.paths()) == "rationales: 0, detailed form: 0 %"
     paths = tf.paths()
     counts = {"train": {"read": 100, "kept": 75}, "rationales": 25}
     records.write_json(paths.record("refine_02_kor_med_test"), {"counts": counts})
     assert report.rationale_line(paths) == "rationales: 25, detailed form: 25 %"
+
+
+# curves -------------------------------------------------------------------------------------------------
+
+
+def test_a_curve_is_the_whole_log_of_the_newest_checkpoint(paths):
+    folder = paths.trained_00
+    state = records.read_json(folder / "checkpoint-42" / "trainer_state.json")
+    expected = [(entry["step"], entry["loss"]) for entry in state["log_history"] if "loss" in entry]
+    assert report.curve(folder, "loss") == expected and len(expected) == 42
+    assert [step for step, _ in report.curve(folder, "learning_rate")] == list(range(1, 43))
+    assert report.curve(paths.loop, "loss") == []
+
+
+# two runs -----------------------------------------------------------------------------------------------
+
+
+def other(paths, name="other", **of):
+    """A second run in the same project, with base and 02 alone."""
+    run = RunPaths(paths.model, paths.data, name)
+    records.write_json(run.scores("base"), evaluation_of("base", right=12, **of))
+    records.write_json(run.trained_02 / "evaluation.json", evaluation_of("02", right=50, **of))
+    return run
+
+
+def test_two_runs_are_compared_where_both_were_scored(paths):
+    found = report.compared([paths, other(paths)])
+    assert list(found["stages"]) == ["base", "02"] and found["runs"] == [paths.name, "other"]
+    same, better = found["stages"]["base"], found["stages"]["02"]
+    assert same["change"]["accuracy"] == 0 and same["paired"]["p"] == 1
+    assert same["paired"]["lower"] == pytest.approx(-same["paired"]["upper"])
+    # 42 of 60 against 50 of 60, all 8 discordant items gained: p = 2 / 2^8
+    assert better["paired"]["p"] == 2 / 2**8 and better["not_paired"] is None
+    assert (better["paired"]["wrong_to_right"], better["paired"]["right_to_wrong"]) == (8, 0)
+    assert better["change"]["accuracy"] == pytest.approx(8 / 60)
+    expected = report.paired_interval(42, 8, 0, 10)
+    assert (better["paired"]["lower"], better["paired"]["upper"]) == expected and expected[0] > 0
+    first, second = (e["bits_per_character"]["korean"] for e in (evaluation_of("02", 42), evaluation_of("02", 50)))
+    assert better["bits_per_character"][0]["korean"] == first
+    assert better["change"]["bits_per_character"]["korean"] == pytest.approx(second / first - 1)
+
+
+def test_the_interval_of_a_change_is_the_published_one():
+    # M. W. Fagerland, S. Lydersen, P. Laake, Recommended tests and confidence intervals for paired binomial
+    # proportions, Statistics in Medicine 33 (2014), airway hyper-responsiveness: -0.286 (-0.507 to -0.026)
+    lower, upper = report.paired_interval(1, 1, 7, 12)
+    assert (round(lower, 3), round(upper, 3)) == (-0.507, -0.026)
+
+
+def test_the_interval_of_a_change_holds_it_and_turns_with_it():
+    for both, gained, lost, neither in ((0, 8, 0, 52), (30, 5, 3, 22), (10, 1, 9, 0), (0, 0, 0, 60), (60, 0, 0, 0)):
+        lower, upper = report.paired_interval(both, gained, lost, neither)
+        assert -1 <= lower <= (gained - lost) / (both + gained + lost + neither) <= upper <= 1
+        assert report.paired_interval(both, lost, gained, neither) == pytest.approx((-upper, -lower))
+    # more agreement, a narrower interval
+    wide, narrow = report.paired_interval(20, 10, 10, 20), report.paired_interval(28, 2, 2, 28)
+    assert narrow[1] - narrow[0] < wide[1] - wide[0]
+
+
+@pytest.mark.parametrize(
+    "alter, word",
+    [
+        (lambda e: e.update(items="others"), "other items"),
+        (lambda e: e.update(precision="nf4"), "another precision"),
+        (lambda e: e.pop("predictions"), "item by item"),
+    ],
+)
+def test_runs_that_cannot_be_paired_say_why(paths, alter, word):
+    run = other(paths)
+    file = run.trained_02 / "evaluation.json"
+    scores = records.read_json(file)
+    alter(scores)
+    records.write_json(file, scores)
+    entry = report.compared([paths, run])["stages"]["02"]
+    assert entry["paired"] is None and word in entry["not_paired"]
+    assert report.compared_rows(report.compared([paths, run]))[1][4] == "not comparable"
+
+
+def test_a_comparison_of_nothing_is_one_message(paths):
+    with pytest.raises(PipelineError, match=f"no scores.*{paths.name}"):
+        report.compared([paths, RunPaths(paths.model, paths.data, "nobody")])
+    with pytest.raises(PipelineError, match="that is one run"):
+        report.compared([paths, paths])
+    only = RunPaths(paths.model, paths.data, "loop-only")
+    records.write_json(only.loop / "evaluation.json", evaluation_of("loop", 3))
+    with pytest.raises(PipelineError, match="no stage in common"):
+        report.compared([paths, only])
+
+
+def test_the_table_of_two_runs_has_its_numbers(paths):
+    found = report.compared([paths, other(paths)])
+    for row in report.compared_rows(found):
+        assert len(row) == len(report.COMPARED)
+        entry = found["stages"][row[0]]
+        for side in (0, 1):
+            expected = [100 * entry[key][side] for key in ("accuracy", "lower", "upper")]
+            assert list(map(float, numbers(row[1 + side]))) == pytest.approx(expected, abs=0.05)
+
+
+def test_what_is_no_evaluation_is_named(paths):
+    records.write_json(paths.scores("base"), ["something else"])
+    with pytest.raises(PipelineError, match="base.json: not an evaluation"):
+        report.evaluations(paths)
+
+
+def test_the_loop_is_a_row_of_its_own(paths):
+    records.write_json(paths.loop / "evaluation.json", evaluation_of("loop", right=20))
+    found = report.evaluations(paths)
+    assert list(found) == [*NAMES, "loop"] and report.final_of(found) == "02"
+    assert report.change(found)["to"] == "02"
+    (paths.trained_02 / "evaluation.json").unlink()
+    assert report.final_of(report.evaluations(paths)) == "loop"
+
+
+def test_warnings_and_gates_are_those_of_the_records(paths):
+    assert report.warnings(paths) == ["train_02: 02 was odd"]
+    lines = report.gates(paths)
+    assert lines[1] == "train_01: FAILED (dev accuracy fell <far>)" and lines[0].startswith("train_00: passed")
+    (paths.trained_01 / RECORD_NAME).unlink()
+    assert len(report.gates(paths)) == 2

@@ -1,66 +1,78 @@
-"""Write the report of a run and print its final table.
+"""Write the report of a run, or the comparison of two, and print its final table.
 
-Reads   every evaluation and stage record of the run
-Writes  model/report/<name>/index.html, summary.json
+Reads   every evaluation and stage record of the run, its progress, what refining counted
+Writes  model/report/<name>/index.html (one file, nothing else is needed to read it), its figures as PNG, summary.json
+        with --compare: model/report/<B>/compare_<A>.html, .png, .json
 
     python script/evaluate/report.py --model tiny
     python script/evaluate/report.py --model tiny --beside tiny-base     # stage 00 of two runs on the same text
+    python script/evaluate/report.py --model tiny --compare tiny other   # two runs, stage by stage
 """
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import sys
 
-from medgemma_korean import cli, progress, records, report
+from medgemma_korean import cli, page, progress, report
 from medgemma_korean.cli import PipelineError, log
-from medgemma_korean.paths import show
+from medgemma_korean.paths import RunPaths, show
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = cli.make_parser(__doc__)
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument(
+        "--beside", nargs="+", default=[], metavar="RUN", help="show stage 00 of these runs beside that of this one"
+    )
+    which.add_argument(
+        "--compare", nargs=2, metavar=("A", "B"), help="compare two runs: changes, McNemar's test, intervals"
+    )
+    return parser
+
+
+def compare(paths: RunPaths, names: list[str]) -> int:
+    """The page and the table of two runs."""
+    runs = [dataclasses.replace(paths, name=name) for name in names]
+    file = runs[1].report / f"compare_{names[0]}.html"
+    cited = file.with_suffix(".json")
+    made = page.compare_page(runs, cited.name)
+    cli.start_logging(runs[1], "report")
+    if not page.write(made, file, cited):
+        log.info("report: already complete (%s)", show(file))
+    log.info("\nA %s, B %s\n%s\n", *names, cli.table(report.compared_rows(made.summary), report.COMPARED))
+    for name, entry in made.summary["stages"].items():
+        if entry["not_paired"]:
+            log.info("note: %s: %s", name, entry["not_paired"])
+    log.info("report: %s", show(file))
+    return 0
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = cli.make_parser(__doc__)
-    parser.add_argument(
-        "--beside", nargs="+", default=[], metavar="RUN", help="show stage 00 of these runs beside that of this one"
-    )
-    args = parser.parse_args(argv)
+    args = make_parser().parse_args(argv)
     profile, paths = cli.resolve(args)
+    if args.compare:
+        return compare(paths, args.compare)
     others = [dataclasses.replace(paths, name=name) for name in args.beside]
     cli.start_logging(paths, "report")
-    found = report.evaluations(paths)
-    if not found:
+    if not report.evaluations(paths):
         raise PipelineError(
             f"{show(paths.report)}: nothing was scored yet; run: ./run_full_pipeline.sh --model {args.model}"
         )
-    summary = {
-        "name": paths.name,
-        "model": profile.name,
-        "evaluations": {
-            name: {key: value for key, value in evaluation.items() if key not in ("predictions", "samples")}
-            for name, evaluation in found.items()
-        },
-        "trained_parameters": report.trained_parameters(paths),
-        "gates": report.gates(paths),
-        "warnings": report.warnings(paths),
-        "extension": report.extension(paths),
-        "beside": report.beside([paths, *others]) if others else [],
-    }
-    page = paths.report / "index.html"
-    written, text = paths.report / "summary.json", report.html_page(paths, profile, others)
-    same = page.is_file() and page.read_text(encoding="utf-8") == text
-    if same and written.is_file() and records.read_json(written) == records.read_back(summary):
-        log.info("report: already complete (%s)", show(page))
-    else:
-        records.write_json(written, summary)
-        records.write_text(page, text)
+    made = page.run_page(paths, profile, others)
+    file = paths.report / "index.html"
+    if not page.write(made, file, paths.report / "summary.json"):
+        log.info("report: already complete (%s)", show(file))
     log.info("\n%s\n", report.final_table(paths))
     if others:
-        log.info("%s\n", cli.table(summary["beside"], report.BESIDE))
-    for line in summary["gates"]:
+        log.info("%s\n", cli.table(made.summary["beside"], report.BESIDE))
+    for line in made.summary["gates"]:
         log.info("gate %s", line)
-    for line in summary["warnings"]:
+    for line in made.summary["warnings"]:
         log.warning("note: %s", line)
-    log.info("report: %s", show(page))
-    progress.update(paths, "report", "report", state="complete", metric=show(page))
+    log.info("report: %s", show(file))
+    progress.update(paths, "report", "report", state="complete", metric=show(file))
     return 0
 
 

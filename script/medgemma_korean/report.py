@@ -1,22 +1,21 @@
-"""The final table, the HTML report and the model cards, made from the JSON files that the stages left.
+"""What a report tells: the models of a run, its gates, warnings, curves and data, and how two runs compare.
 
-Numbers are never computed twice: everything shown is read from a stage record or an evaluation file.
+Numbers are never computed twice: what is shown is read from a stage record or an evaluation file, and what follows
+from them (changes, intervals of changes) is written to `summary.json` before it is shown. `page` lays it out.
 """
 
 from __future__ import annotations
 
-import html
-import json
-import os
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from medgemma_korean import cli, mcq, modeling, records
+from medgemma_korean import cli, evaluation, mcq, records, statistics
 from medgemma_korean.cli import PipelineError
 from medgemma_korean.paths import RunPaths, show
 from medgemma_korean.profiles import ModelProfile
-from medgemma_korean.sources import BY_KEY, HAI_DEF
+from medgemma_korean.sources import BY_KEY
 from medgemma_korean.stage import RECORD_NAME, read_record
 
 NOT_A_DEVICE = (
@@ -25,23 +24,52 @@ NOT_A_DEVICE = (
 )
 
 
-def evaluations(paths: RunPaths) -> dict[str, dict[str, Any]]:
-    """The evaluation of every model of the run that exists, in the order of the chain."""
-    places = {
+LANGUAGES = evaluation.LANGUAGES
+
+
+def trained_folders(paths: RunPaths) -> dict[str, Path]:
+    """Where each training puts its result, in the order of the chain."""
+    return {"00": paths.trained_00, "01": paths.trained_01, "02": paths.trained_02, "loop": paths.loop}
+
+
+def evaluation_files(paths: RunPaths) -> dict[str, Path]:
+    """Where the evaluation of every model of the run lies, in the order of the chain."""
+    trained = {name: folder / "evaluation.json" for name, folder in trained_folders(paths).items()}
+    return {
         "base": paths.scores("base"),
         "extended": paths.scores("extended"),
-        "00": paths.trained_00 / "evaluation.json",
-        "01": paths.trained_01 / "evaluation.json",
+        "00": trained["00"],
+        "01": trained["01"],
         "merged": paths.scores("merged"),
-        "02": paths.trained_02 / "evaluation.json",
+        "02": trained["02"],
+        "loop": trained["loop"],
     }
-    return {name: records.read_json(file) for name, file in places.items() if file.is_file()}
+
+
+def evaluations(paths: RunPaths) -> dict[str, dict[str, Any]]:
+    """The evaluation of every model of the run that exists, in the order of the chain.
+
+    Raises PipelineError for a file that holds something else.
+    """
+    return {name: _evaluation(file) for name, file in evaluation_files(paths).items() if file.is_file()}
+
+
+def _evaluation(file: Path) -> dict[str, Any]:
+    found = records.read_json(file)
+    parts = ("mcq", "bits_per_character", "tokens_per_character")
+    if not isinstance(found, dict) or not all(isinstance(found.get(part), dict) for part in parts):
+        raise PipelineError(f"{show(file)}: not an evaluation; move it away, and that model counts as not scored")
+    return found
+
+
+def final_of(found: Mapping[str, Any]) -> str:
+    """The model that a run hands over: that of stage 02, else the last one that was scored."""
+    return "02" if "02" in found else list(found)[-1]
 
 
 def trained_parameters(paths: RunPaths) -> dict[str, int]:
     """Parameters that trained in each stage, from the records."""
-    folders = {"00": paths.trained_00, "01": paths.trained_01, "02": paths.trained_02}
-    found = {name: read_record(folder / RECORD_NAME) for name, folder in folders.items()}
+    found = {name: read_record(folder / RECORD_NAME) for name, folder in trained_folders(paths).items()}
     return {name: sum(record["trainable"].values()) for name, record in found.items() if record}
 
 
@@ -62,8 +90,8 @@ COLUMNS = [
 def rows(found: dict[str, dict[str, Any]], trained: dict[str, int]) -> list[list[str]]:
     """One row a model: bits and tokens per character, dev accuracy with interval and baseline, trained parameters."""
     result = []
-    for name, evaluation in found.items():
-        bits, tokens, score = evaluation["bits_per_character"], evaluation["tokens_per_character"], evaluation["mcq"]
+    for name, scores in found.items():
+        bits, tokens, score = scores["bits_per_character"], scores["tokens_per_character"], scores["mcq"]
         result.append(
             [
                 name,
@@ -83,16 +111,23 @@ def final_table(paths: RunPaths) -> str:
     return cli.table(rows(evaluations(paths), trained_parameters(paths)), COLUMNS)
 
 
+def model_folders(paths: RunPaths) -> dict[str, Path]:
+    """The folders of the model stages by the driver's names, in the order of the chain; each holds a record."""
+    return {
+        "prepare_tokenizer": paths.tokenizer,
+        "add_lora": paths.raw_lora_added,
+        "train_00": paths.trained_00,
+        "train_01": paths.trained_01,
+        "add_lora --second": paths.another_lora_added,
+        "train_02": paths.trained_02,
+        "train_01_02_loop": paths.loop,
+    }
+
+
 def gates(paths: RunPaths) -> list[str]:
     """One line for every gate that was judged."""
-    places = (
-        ("train_00", paths.trained_00),
-        ("train_01", paths.trained_01),
-        ("add_lora --second", paths.another_lora_added),
-        ("train_02", paths.trained_02),
-    )
     lines = []
-    for name, folder in places:
+    for name, folder in model_folders(paths).items():
         record = read_record(folder / RECORD_NAME)
         gate = record.get("gate") if record else None
         if gate:
@@ -103,16 +138,8 @@ def gates(paths: RunPaths) -> list[str]:
 
 def warnings(paths: RunPaths) -> list[str]:
     """What the stages warned of."""
-    folders = (
-        paths.tokenizer,
-        paths.raw_lora_added,
-        paths.trained_00,
-        paths.trained_01,
-        paths.another_lora_added,
-        paths.trained_02,
-    )
-    found = [read_record(folder / RECORD_NAME) for folder in folders]
-    return [f"{record['program']}: {text}" for record in found if record for text in record["warnings"]]
+    found = [read_record(folder / RECORD_NAME) for folder in model_folders(paths).values()]
+    return [f"{record['program']}: {text}" for record in found if record for text in record.get("warnings", [])]
 
 
 def _folders(place: Path) -> list[str]:
@@ -199,215 +226,6 @@ def beside(runs: Sequence[RunPaths]) -> list[list[str]]:
     return result
 
 
-# model card ---------------------------------------------------------------------------------------------
-
-
-def _loading(base: Path, dtype: str) -> tuple[str, str]:
-    """(code that loads a base, what it imports). Of a multimodal one the text model, which the adapter is for."""
-    file = base / "config.json"
-    if not file.is_file() or "text_config" not in records.read_json(file):
-        code = f"model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.{dtype})"
-        return code, "AutoModelForCausalLM, AutoTokenizer"
-    mapping = f"key_mapping = {json.dumps(modeling.TEXT_OF_MULTIMODAL)}  # the names of its text model's weights"
-    code = f"""{mapping}
-config = AutoConfig.from_pretrained(base).text_config
-model = Gemma3ForCausalLM.from_pretrained(base, config=config, key_mapping=key_mapping, dtype=torch.{dtype})"""
-    return code, "AutoConfig, AutoTokenizer, Gemma3ForCausalLM"
-
-
-def model_card(
-    paths: RunPaths,
-    profile: ModelProfile,
-    program: str,
-    info: dict[str, Any],
-    evaluation: dict[str, Any],
-    base: Path,
-    folder: Path,
-    upstream: str | None = None,
-) -> str:
-    """README.md of a trained folder in the Hugging Face metadata form, with code that loads the adapter.
-
-    upstream: what the base is and its terms, where it is not the run's own raw model.
-    """
-    relative = os.path.relpath(base, folder)
-    score, bits = evaluation["mcq"], evaluation["bits_per_character"]
-    terms = licences(paths, profile)
-    lines = "\n".join(f"| {source} | {licence} |" for source, licence in terms)
-    non_commercial = any("-nc" in licence for _, licence in terms)
-    if upstream is None and profile.source != "build":
-        upstream = f"The base model is {profile.source} under the {HAI_DEF}; they pass on."
-    upstream = f"\n{upstream}" if upstream else ""
-    load, names = _loading(base, profile.dtype)
-    return f"""---
-language: [ko, en]
-library_name: peft
-pipeline_tag: text-generation
-license: other
-tags: [medical, korean, medgemma, lora]
----
-# {paths.name}, {program}
-
-A LoRA adapter of the MedGemma Korean pipeline. {NOT_A_DEVICE}
-
-## Use
-
-```python
-from pathlib import Path
-
-import torch
-from peft import PeftModel
-from transformers import {names}
-
-folder = Path(".")  # the folder of this README
-base = folder / "{relative}"
-{load}
-model = PeftModel.from_pretrained(model, folder / "final").eval()
-tokenizer = AutoTokenizer.from_pretrained(folder / "final")
-
-turns = [{{"role": "user", "content": "Meaning of word 고혈압:"}}]
-inputs = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-output = model.generate(**inputs, max_new_tokens=64)
-print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
-```
-
-## Results
-
-Dev accuracy by option letters: {score["correct"]} of {score["n"]} = {score["accuracy"]:.1%}
-(95 % interval {score["lower"]:.1%} to {score["upper"]:.1%}); always answering {score["majority_letter"]} gives
-{score["majority_accuracy"]:.1%}{", so this is within chance" if mcq.within_chance(score) else ""}.
-Bits per character on held-out text: Korean {bits["korean"]:.3f}, medical Korean {bits["medical"]:.3f},
-English {bits["english"]:.3f}.
-
-## Training
-
-{info["steps"]} steps over {info["train_samples"]:,} rows, learning rate {info["learning_rate"]:g} at LoRA scale
-{info["lora_scale"]:g}, {sum(info["trainable_parameters"].values()):,} parameters trained, checkpoint of step
-{info["best_step"]} chosen on held-out data. Precision of the frozen base: {evaluation["precision"]}.
-
-## Data and licences
-
-| source | licence |
-|---|---|
-{lines}
-{upstream}
-{"Non-commercial sources make these weights non-commercial." if non_commercial else ""}
-"""
-
-
-# html ---------------------------------------------------------------------------------------------------
-
-_STYLE = """
-body{font:16px/1.5 system-ui,'Noto Sans KR','Malgun Gothic',sans-serif;margin:2rem auto;max-width:70rem;padding:0 1rem}
-h1{font-size:1.5rem}h2{font-size:1.15rem;margin-top:2rem}
-.wide{overflow-x:auto}table{border-collapse:collapse;font-variant-numeric:tabular-nums}
-td,th{padding:.3rem .7rem;border-bottom:1px solid #ccc;text-align:right;white-space:nowrap}
-td:first-child,th:first-child{text-align:left}
-.answer td,.answer th{white-space:pre-wrap;text-align:left;vertical-align:top}
-.answer td{min-width:9rem;overflow-wrap:anywhere}
-.bar{display:flex;align-items:center;gap:.6rem;margin:.2rem 0}.bar i{display:block;height:.9rem;background:#3b6ea5}
-.bar span:first-child{width:5rem}
-"""
-
-
-def _verdict_line(line: dict[str, Any]) -> list[str]:
-    return [line["name"], {True: "passed", False: "failed", None: ""}[line["passed"]], line["text"]]
-
-
-ROWS_COLUMNS = ["new rows before training", "bits/char Korean", "medical", "English", "their probability on English"]
-
-
-def rows_table(judged: dict[str, Any]) -> list[list[str]]:
-    """The model right after extension, with its rows and with those the library would have made, beside the base."""
-    languages, base = ("korean", "medical", "english"), judged["base"]
-    lines = [["base model", *(f"{base[language]:.3f}" for language in languages), ""]]
-    for name, seen in judged["rows"].items():
-        values = [f"{seen[n]:.3f} ({seen[n] / base[n] - 1:+.1%})" for n in languages]
-        lines.append([name, *values, f"{seen['english_mass']:.4f}"])
-    return lines
-
-
-def html_page(paths: RunPaths, profile: ModelProfile, runs: Sequence[RunPaths] = ()) -> str:
-    """One self-contained page: the chain, gates, samples, data counts, warnings, settings. No network, no script."""
-    found, trained = evaluations(paths), trained_parameters(paths)
-    sections = [
-        f"<h1>{_e(paths.name)} 학습 보고서 / training report</h1>",
-        f"<p>{_e(NOT_A_DEVICE)}</p>",
-        "<h2>단계별 결과 / the chain</h2>",
-        _table(COLUMNS, rows(found, trained)),
-        "<p>Bits per character on held-out text, lower is better and comparable across tokenizers. Accuracy on the dev "
-        "questions by option letters with the 95 % Wilson interval; the majority column is what always answering one "
-        "letter gives.</p>",
-        "<h2>한국어 bits per character</h2>",
-        _bars({name: e["bits_per_character"]["korean"] for name, e in found.items()}),
-        "<h2>관문 / gates</h2>",
-        _list(gates(paths)),
-    ]
-    if judged := extension(paths):
-        new = records.read_json(paths.tokenizer / "tokenizer_info.json")["new_tokens"]
-        sections += [
-            "<h2>토크나이저 / tokenizer</h2>",
-            f"<p>{new:,} new tokens; verdict: <b>{_e(judged['verdict'])}</b> ({_e(judged['reason'])})</p>",
-            _table(["line", "", "what was found"], [_verdict_line(line) for line in judged["lines"]], "answer"),
-        ]
-        if judged.get("rows"):
-            sections += [
-                "<p>The model right after extension, before any training, with its new rows and with those that the "
-                "library would have made:</p>",
-                _table(ROWS_COLUMNS, rows_table(judged)),
-            ]
-    if runs:
-        sections += ["<h2>확장과 비확장 / beside other runs</h2>", _table(BESIDE, beside([paths, *runs]))]
-    sections += ["<h2>예시 답변 / sample answers</h2>", _samples(found)]
-    sections += ["<h2>데이터 / data</h2>", f"<p>{_e(rationale_line(paths))}</p>", _data(paths)]
-    if notes := warnings(paths):
-        sections += ["<h2>주의 / warnings</h2>", _list(notes)]
-    sections += [
-        "<h2>사용 허가 / licences</h2>",
-        _table(["source", "licence"], [list(r) for r in licences(paths, profile)]),
-    ]
-    body = "\n".join(sections)
-    return (
-        '<!doctype html>\n<html lang="ko"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{_e(paths.name)}</title><style>{_STYLE}</style></head>\n<body>{body}</body></html>\n"
-    )
-
-
-def _e(value: Any) -> str:
-    return html.escape(str(value))
-
-
-def _table(header: list[str], body: list[list[Any]], kind: str = "") -> str:
-    head = "".join(f"<th>{_e(c)}</th>" for c in header)
-    lines = "".join("<tr>" + "".join(f"<td>{_e(c)}</td>" for c in row) + "</tr>" for row in body)
-    return f'<div class="wide {kind}"><table><tr>{head}</tr>{lines}</table></div>'
-
-
-def _list(lines: list[str]) -> str:
-    return "<ul>" + "".join(f"<li>{_e(line)}</li>" for line in lines) + "</ul>" if lines else "<p>none</p>"
-
-
-def _bars(values: dict[str, float]) -> str:
-    if not values:
-        return "<p>none</p>"
-    largest = max(values.values())
-    return "".join(
-        f'<div class="bar"><span>{_e(name)}</span><i style="width:{50 * value / largest:.1f}%"></i>'
-        f"<span>{value:.3f}</span></div>"
-        for name, value in values.items()
-    )
-
-
-def _samples(found: dict[str, dict[str, Any]]) -> str:
-    stages = [name for name, evaluation in found.items() if evaluation.get("samples")]
-    answers: dict[str, dict[str, str]] = {}
-    for name in stages:
-        for sample in found[name]["samples"]:
-            answers.setdefault(sample["prompt"], {})[name] = sample["answer"]
-    body = [[prompt, *[by_stage.get(name, "") for name in stages]] for prompt, by_stage in answers.items()]
-    return _table(["prompt", *stages], body, "answer") if body else "<p>none</p>"
-
-
 def rationale_line(paths: RunPaths) -> str:
     """How many train questions have a rationale, and the share of training rows that are in the detailed form."""
     record = read_record(paths.record("refine_02_kor_med_test"))
@@ -416,18 +234,182 @@ def rationale_line(paths: RunPaths) -> str:
     return f"rationales: {number:,}, detailed form: {100 * number / rows if rows else 0:.0f} %"
 
 
-def _data(paths: RunPaths) -> str:
-    lines = []
-    for file in sorted((paths.refined / ".stages").glob("refine_*.json")):
-        for reason, number in _flat(records.read_json(file)["counts"]):
-            if number != "0":  # every check that dropped nothing would be a line
-                lines.append([file.stem, reason, number])
-    return _table(["program", "count", "number"], lines)
+ROWS_COLUMNS = ["new rows before training", "bits/char Korean", "medical", "English", "their probability on English"]
 
 
-def _flat(value: Any, prefix: str = "") -> list[tuple[str, Any]]:
-    if isinstance(value, dict):
-        return [entry for key, inner in value.items() for entry in _flat(inner, f"{prefix}{key} / ")]
-    if isinstance(value, list):
-        return [(prefix.rstrip(" /"), len(value))]
-    return [(prefix.rstrip(" /"), f"{value:,}" if isinstance(value, int) else value)]
+def rows_table(judged: dict[str, Any]) -> list[list[str]]:
+    """The model right after extension, with its rows and with those the library would have made, beside the base."""
+    base = judged["base"]
+    lines = [["base model", *(f"{base[language]:.3f}" for language in LANGUAGES), ""]]
+    for name, seen in judged["rows"].items():
+        values = [f"{seen[n]:.3f} ({seen[n] / base[n] - 1:+.1%})" for n in LANGUAGES]
+        lines.append([name, *values, f"{seen['english_mass']:.4f}"])
+    return lines
+
+
+# a training ---------------------------------------------------------------------------------------------
+
+
+def training_log(folder: Path) -> Path | None:
+    """The trainer's log of a finished training: the newest checkpoint's, which holds every step from the first on.
+
+    It is one of the stage's outputs, and so compared by content; `logs/metrics_<name>.jsonl` is shared by all tries.
+    """
+    found = [p for p in folder.glob("checkpoint-*/trainer_state.json") if p.parent.name[11:].isdigit()]
+    return max(found, key=lambda file: int(file.parent.name[11:]), default=None)
+
+
+def curve(folder: Path, key: str) -> list[tuple[int, float]]:
+    """(step, value) of "loss" or "learning_rate" through a training; empty where its checkpoints are gone."""
+    file = training_log(folder)
+    if file is None:
+        return []
+    history = records.read_json(file).get("log_history", [])
+    return [(entry["step"], entry[key]) for entry in history if "loss" in entry and key in entry]
+
+
+# comparisons --------------------------------------------------------------------------------------------
+
+
+def change(found: Mapping[str, Mapping[str, Any]]) -> dict[str, Any] | None:
+    """From the first model to the final one: accuracy in points, bits per character as a share; None for one model."""
+    if len(found) < 2:
+        return None
+    names = (list(found)[0], final_of(found))
+    before, after = (found[name] for name in names)
+    return {"from": names[0], "to": names[1], **_difference(before, after)}
+
+
+def _difference(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any]:
+    bits = {
+        language: after["bits_per_character"][language] / before["bits_per_character"][language] - 1
+        for language in LANGUAGES
+    }
+    return {"accuracy": after["mcq"]["accuracy"] - before["mcq"]["accuracy"], "bits_per_character": bits}
+
+
+def paired_interval(both: int, gained: int, lost: int, neither: int) -> tuple[float, float]:
+    """Interval (95 %) of the change in accuracy of two models on the same items, from how many each answers right.
+
+    Newcombe's square-and-add of the two Wilson intervals, with the correlation of the answers (R. G. Newcombe, Improved
+    confidence intervals for the difference between binomial proportions based on paired data, Statistics in Medicine
+    17, 1998, method 10).
+    """
+    n = both + gained + lost + neither
+    before, after = (both + lost) / n, (both + gained) / n
+    low_before, high_before = statistics.wilson(both + lost, n)
+    low_after, high_after = statistics.wilson(both + gained, n)
+    product = (both + lost) * (gained + neither) * (both + gained) * (lost + neither)
+    excess = both * neither - gained * lost
+    excess = max(excess - n / 2, 0) if excess > 0 else excess  # the method's correction for continuity
+    phi = excess / math.sqrt(product) if product else 0.0
+
+    def side(first: float, second: float) -> float:
+        return math.sqrt(max(first**2 - 2 * phi * first * second + second**2, 0.0))
+
+    down = side(after - low_after, high_before - before)
+    up = side(high_after - after, before - low_before)
+    return after - before - down, after - before + up
+
+
+def paired(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any]:
+    """Exact McNemar test of two evaluations, and an interval (95 %) of the change in accuracy.
+
+    Raises PipelineError where nothing can be compared: other items, another precision, no predictions.
+    """
+    for side in (before, after):
+        if not side.get("predictions"):
+            raise PipelineError(f"{side['which']}: its answers, item by item, are not there")
+    found = evaluation.compare(before, after)
+    gained, lost, right = found["wrong_to_right"], found["right_to_wrong"], after["mcq"]["correct"]
+    lower, upper = paired_interval(right - gained, gained, lost, after["mcq"]["n"] - right - lost)
+    return {key: found[key] for key in ("wrong_to_right", "right_to_wrong", "p")} | {"lower": lower, "upper": upper}
+
+
+def compared(runs: Sequence[RunPaths]) -> dict[str, Any]:
+    """Two runs, stage by stage: accuracy and bits per character of both, their difference, the paired test.
+
+    Raises PipelineError for a run without scores, and for two runs without a common stage.
+    """
+    found = [evaluations(paths) for paths in runs]
+    for paths, scores in zip(runs, found, strict=True):
+        if not scores:
+            known = sorted(p.parent.parent.name for p in paths.models.glob("report/*/scores/base.json"))
+            raise PipelineError(
+                f"run {paths.name!r} has no scores ({show(paths.report)}); "
+                f"runs that have: {', '.join(known) or 'none yet'}"
+            )
+    if runs[0].name == runs[1].name:
+        raise PipelineError(f"--compare {runs[0].name} {runs[1].name}: that is one run; name two")
+    common = [name for name in found[0] if name in found[1]]
+    if not common:
+        raise PipelineError(f"{runs[0].name} and {runs[1].name} have no stage in common that both have scored")
+    stages = {}
+    for name in common:
+        pair = [scores[name] for scores in found]
+        entry: dict[str, Any] = {
+            key: [side["mcq"][key] for side in pair] for key in ("n", "correct", "accuracy", "lower", "upper")
+        }
+        entry |= {"precision": [side.get("precision", "") for side in pair], "change": _difference(*pair)}
+        entry["bits_per_character"] = [side["bits_per_character"] for side in pair]
+        try:
+            entry |= {"paired": paired(*pair), "not_paired": None}
+        except (PipelineError, ValueError) as error:
+            entry |= {"paired": None, "not_paired": str(error)}
+        stages[name] = entry
+    return {"runs": [paths.name for paths in runs], "stages": stages}
+
+
+COMPARED = [
+    "model",
+    "A: dev accuracy (95 % interval)",
+    "B",
+    "B - A",
+    "McNemar p",
+    "bits/char Korean",
+    "medical",
+    "English",
+]
+
+
+def compared_rows(found: Mapping[str, Any]) -> list[list[str]]:
+    """The table of `compared` for the terminal, a row a stage."""
+    result = []
+    for name, entry in found["stages"].items():
+        test, bits = entry["paired"], entry["bits_per_character"]
+        sides = [f"{entry['accuracy'][i]:.1%} ({entry['lower'][i]:.1%} to {entry['upper'][i]:.1%})" for i in (0, 1)]
+        interval = f" ({test['lower']:+.1%} to {test['upper']:+.1%})" if test else ""
+        result.append(
+            [
+                name,
+                *sides,
+                f"{entry['change']['accuracy']:+.1%}{interval}",
+                f"{test['p']:.2g}" if test else "not comparable",
+                *(f"{bits[0][n]:.3f} -> {bits[1][n]:.3f}" for n in LANGUAGES),
+            ]
+        )
+    return result
+
+
+# what the page needs beside the files that it shows -----------------------------------------------------
+
+
+def summary(paths: RunPaths, profile: ModelProfile, others: Sequence[RunPaths] = ()) -> dict[str, Any]:
+    """`summary.json`: the evaluations without their answers, and everything that follows from the files of the run."""
+    found = evaluations(paths)
+    return {
+        "name": paths.name,
+        "model": profile.name,
+        "evaluations": {
+            name: {key: value for key, value in scores.items() if key not in ("predictions", "samples")}
+            for name, scores in found.items()
+        },
+        "change": change(found),
+        "gate_english": profile.gate_english,
+        "trained_parameters": trained_parameters(paths),
+        "gates": gates(paths),
+        "warnings": warnings(paths),
+        "extension": extension(paths),
+        "rationales": rationale_line(paths),
+        "beside": beside([paths, *others]) if others else [],
+    }

@@ -22,13 +22,13 @@ from medgemma_korean import (
     cli,
     evaluation,
     memory,
+    model_card,
     modeling,
     precision,
     processes,
     profiles,
     prompts,
     records,
-    report,
     training,
 )
 from medgemma_korean import tokenizer as tokenizers
@@ -506,5 +506,7 @@ def _finish(folder, model, outcome, after, context: Context, program: str, stage
     }
     records.write_json(folder / "training_info.json", info)
     upstream = base_model.terms(context.link.base, context.paths.models.parent) if context.link.plain else None
-    card = report.model_card(context.paths, context.profile, program, info, after, context.link.base, target, upstream)
+    card = model_card.model_card(
+        context.paths, context.profile, program, info, after, context.link.base, target, upstream, context.first
+    )
     records.write_text(folder / "README.md", card)

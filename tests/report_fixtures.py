@@ -1,0 +1,142 @@
+"""A run with every file that a report reads, its numbers different everywhere; several test files share it."""
+
+from __future__ import annotations
+
+import math
+import random
+from pathlib import Path
+from typing import Any
+
+import torch_fixtures as tf
+
+from medgemma_korean import mcq, records
+from medgemma_korean.paths import RunPaths
+from medgemma_korean.stage import RECORD_NAME
+
+NAMES = ["base", "extended", "00", "01", "merged", "02"]
+HOSTILE = "<script>alert('x')</script> \"&amp;\" 답 </dd></div><img src=http://example.org/a.png onerror=x>"
+
+
+def evaluation_of(name: str, right: int, number: int = 60, seed: int = 1) -> dict[str, Any]:
+    """An evaluation with `right` of `number` items right and numbers that occur nowhere else."""
+    rng = random.Random(f"{name}/{seed}")
+    rows = []
+    for i in range(number):
+        gold = "ABCDE"[i % 5]
+        predicted = gold if i < right else "ABCDE"[(i + 1) % 5]
+        exam = ("doctor", "nurse")[i % 2]
+        rows.append({"id": str(i), "exam": exam, "gold": gold, "predicted": predicted, "reason": "x"})
+    return {
+        "which": name,
+        "precision": "8bit",
+        "protocol": "letter",
+        "split": "dev",
+        "items": f"digest of {number}",
+        "mcq": mcq.score(rows),
+        "bits_per_character": {k: rng.uniform(2, 9) for k in ("korean", "medical", "english")},
+        "tokens_per_character": {k: rng.uniform(0.1, 0.9) for k in ("korean", "medical", "english")},
+        "predictions": rows,
+        "samples": [{"prompt": f"{name}: <b>A & B?</b>", "answer": f'{name} "답"<end_of_turn>'}],
+    }
+
+
+def record_of(name: str, number: int) -> dict[str, Any]:
+    gate = {"passed": name != "01", "reasons": [], "p": 0.5 + number / 1000, "english_ratio": 1.02 + number / 1000}
+    gate["reasons"] = [] if gate["passed"] else ["dev accuracy fell <far>"]
+    return {
+        "program": f"train_{name}",
+        "gate": gate,
+        "trainable": {"lora": 12000, "rows": 345 + number},
+        "warnings": [f"{name} was odd"] if name == "02" else [],
+        "settings": {"learning_rate": 0.001 * number, "max_steps": None, "precision": "8bit", "shuffle": True},
+        "versions": {"python": "3.11.7", "torch": "2.15.0"},
+        "steps": 40 + number,
+        "tokens": 172739 + number,
+        "best_step": 30 + number,
+        "loss": 6.5 + number / 7,
+        "micro_batch": 2,
+        "processes": 1,
+        "seconds": 203.7 + number,
+    }
+
+
+def training_of(folder: Path, number: int) -> None:
+    """Checkpoints with the trainer's log, the last one with all of it, and the looks."""
+    steps = 40 + number
+    log = [
+        {"step": s, "loss": 7 * math.exp(-s / 30) + number, "learning_rate": 1e-3 * (1 - s / 50), "grad_norm": 1.0}
+        for s in range(1, steps + 1)
+    ]
+    for last in (9, steps):
+        state = {"global_step": last, "log_history": [*log[:last], {"step": last, "evaluation": {"step": last}}]}
+        records.write_json(folder / f"checkpoint-{last}" / "trainer_state.json", state)
+    looks = []
+    for step in (10, 20, steps):
+        score = mcq.score(evaluation_of("x", right=step)["predictions"])
+        looks.append(
+            {"step": step, "korean_bits": 5 + 1 / step, "english_bits": 3 + 1 / step, "forgetting": 0.01}
+            | {key: score[key] for key in ("accuracy", "lower", "upper")}
+        )
+    records.write_json(folder / "training_info.json", {"validation_history": looks})
+
+
+def whole_run(name: str | None = None) -> RunPaths:
+    """A run with every evaluation and record that a report reads."""
+    found = tf.paths()
+    if name:
+        found = RunPaths(found.model, found.data, name)
+    places = [found.scores("base"), found.scores("extended"), found.trained_00, found.trained_01]
+    places += [found.scores("merged"), found.trained_02]
+    for number, (stage, place) in enumerate(zip(NAMES, places, strict=True)):
+        trained = place.suffix != ".json"
+        scores = evaluation_of(stage, right=12 + 6 * number)
+        if trained:
+            scores["against_base"] = {
+                "before": "base",
+                "wrong_to_right": number,
+                "right_to_wrong": 1,
+                "p": 0.011 * number,
+            }
+            records.write_json(place / RECORD_NAME, record_of(stage, number))
+            training_of(place, number)
+        records.write_json(place / "evaluation.json" if trained else place, scores)
+    records.write_json(
+        found.refined / ".stages" / "refine_00.json",
+        {"counts": {"kept": 1234, "dropped": {"short": [1, 2], "v1.5 %": 77, "none": 0}}},
+    )
+    records.write_json(found.tokenizer / "tokenizer_info.json", {"new_tokens": 1024})
+    line = {"name": "use", "passed": True, "text": "96 % are used"}
+    bits = {"korean": 6.1, "medical": 7.3, "english": 3.08}
+    verdict = {
+        "verdict": "extend",
+        "reason": "because <it> helps",
+        "lines": [line],
+        "base": bits,
+        "rows": {
+            "mean of constituents": {**bits, "english_mass": 0.018},
+            "library default": {**bits, "english_mass": 0.5},
+        },
+    }
+    records.write_json(found.raw_lora_added / "verdict.json", verdict)
+    score = evaluation_of("02", right=31)["mcq"]
+    clean = {"n": 53, "correct": 27, "accuracy": 27 / 53, "lower": 0.379, "upper": 0.64}
+    validation = {
+        "split": "test",
+        "mode": "letter",
+        "test_looks": 3,
+        "contamination": {
+            "checked": 60,
+            "sources": {
+                "plain text": {"rows": 4321, "touched": list("abcdefg")},
+                "symbols": {"rows": 9, "touched": []},
+            },
+            "touched": list("abcdefg"),
+        },
+        "models": {
+            "base": {"mcq": score, "contamination": {"clean": clean, "touched": None}},
+            "02": {"mcq": score, "against_first": {"p": 0.25}, "rotations": {"vote_accuracy": 0.456}},
+        },
+    }
+    records.write_json(found.report / "validation" / "test-letter.json", validation)
+    records.write_json(found.report / "validation" / "contamination-test.json", {"checked": 60})
+    return found
