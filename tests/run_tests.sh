@@ -27,8 +27,9 @@ tests() {  # pytest, for which "no test was selected" is no failure: -k may sele
 
 check "style" "$python" -m ruff check .
 check "format" "$python" -m ruff format --check .
-check "fast tests" tests -m "not slow and not full and not gpu" "$@"
-check "slow tests" tests -m "slow and not full and not gpu" "$@"
+# Two at a time, each file in one process: the models of the tests are too small for a second thread of their own.
+check "fast tests" tests -n 2 --dist loadfile -m "not slow and not full and not gpu" "$@"
+check "slow tests" tests -n 2 --dist loadfile -m "slow and not full and not gpu" "$@"
 if [[ $full ]]; then
   check "series" tests -m "full" "$@"
   [[ ! -d tests/bench ]] || check "benchmarks" "$python" -m pytest tests/bench "$@"

@@ -119,12 +119,13 @@ def new_row_bytes(shape: Shape, tokens: int, new_tokens: int, element: int) -> f
 
 
 def library_rows_bytes(shape: Shape, element: int) -> float:
-    """The same in the library's way: two copies of the matrix, their two dense gradients, a fp32 sum of the head's.
+    """The same in the library's way: a copy of the matrix for the head, a dense gradient, and a fp32 sum of it.
 
     PEFT's `trainable_token_indices` copies the matrix on the input side and on the head's, writes the trained rows
-    into the copy, and the backward pass makes a dense gradient of it; TRL sums the head's in fp32.
+    into the copy, and the backward pass makes a dense gradient of each; TRL sums the head's in fp32. The input side's
+    copy is gone when the head's gradient is made: 7.7 bytes an entry were measured in bfloat16 (tests/bench).
     """
-    return shape.rows * shape.hidden * (4.0 * element + 4)
+    return shape.rows * shape.hidden * (2.0 * element + 4)
 
 
 def predict(case: Case) -> dict[str, float]:

@@ -395,7 +395,7 @@ def _train(
         warmup_steps=settings.warmup,
         weight_decay=0.0,
         max_grad_norm=settings.max_grad_norm,
-        bf16=on_gpu and modeling.compute_dtype(profile, str(device)) is torch.bfloat16,
+        bf16=on_gpu and model.get_base_model().get_input_embeddings().weight.dtype is torch.bfloat16,
         gradient_checkpointing=profile.gradient_checkpointing,
         logging_steps=1 if plan.steps <= 1000 else 10,
         logging_nan_inf_filter=False,
