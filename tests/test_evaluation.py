@@ -1,13 +1,14 @@
 """Letter scores and bits per character against direct computations, and a gate that must open and close."""
 
 import copy
+import functools
 import math
 import random
 
 import pytest
 import torch_fixtures as tf
 
-from medgemma_korean import evaluation, mcq, modeling, prompts, records
+from medgemma_korean import base_model, evaluation, mcq, modeling, prompts, records
 from medgemma_korean import tokenizer as tokenizers
 from medgemma_korean.cli import PipelineError
 
@@ -86,6 +87,23 @@ def test_a_look_at_dev():
     assert look["lower"] < look["accuracy"] < look["upper"]
 
 
+# models by name -----------------------------------------------------------------------------------------
+
+
+def test_a_hub_id_a_base_and_what_is_none(monkeypatch, tmp_path):
+    asked = []
+    monkeypatch.setattr(base_model, "of_hub", lambda paths, hub_id: asked.append(hub_id) or tf.raw_folder())
+    (found,) = evaluation.candidates(tf.paths(), ["google/gemma-3-1b-it"])
+    assert (found.base, found.adapter, asked) == (tf.raw_folder(), None, ["google/gemma-3-1b-it"])
+    (found,) = evaluation.candidates(tf.paths(), [str(tf.base_folder())])
+    assert (found.base, found.adapter) == (tf.base_folder(), None) and len(asked) == 1
+    with pytest.raises(PipelineError, match="an adapter without its base.*stage.json.* is missing") as error:
+        evaluation.candidates(tf.paths(), [str(tf.adapter_folder()), str(tmp_path), "nosuch"])
+    assert str(error.value).count("\n") == 2 and "nosuch: " in str(error.value)  # all of them at once
+    with pytest.raises(PipelineError, match="has trained nothing yet"):
+        evaluation.checkpoints_of(tf.paths())
+
+
 # bits per character -------------------------------------------------------------------------------------
 
 
@@ -121,6 +139,14 @@ def test_long_texts_slide_and_every_token_counts_once(window):
     assert counted == list(range(len(ids)))
     found = evaluation.bits_per_character(scored, tf.tokenizer(), [text], window, 4)
     assert found == pytest.approx(total / math.log(2) / len(text), rel=1e-5)
+
+
+def test_windows_are_told_as_they_are_scored():
+    ticks = []
+    text = " ".join(tf.KOREAN)
+    evaluation.bits_per_character(model(), tf.tokenizer(), [text], 32, 4, tick=lambda *at: ticks.append(at))
+    total = len(evaluation._windows(tf.tokenizer(), [text], 32))
+    assert ticks == [(i + 1, total) for i in range(total)] and total > 8
 
 
 def test_batch_size_does_not_change_bits():
@@ -325,3 +351,201 @@ def test_generation_stops_at_the_end_of_the_turn():
     while not tf.tokenizer().decode(ids).endswith("혈압<end_of_turn>") and len(ids) < 60:
         ids = [*ids, tf.logits(scored, ids)[-1].argmax().item()]
     assert tf.tokenizer().decode(ids).endswith("model\n혈압<end_of_turn>")
+
+
+# the gate on models that really are worse ---------------------------------------------------------------
+
+
+def item_rows(letter):
+    """(ids, labels) of the items, of which the answer's letter alone counts: letter(item) says which."""
+    found = []
+    for item in tf.ITEMS:
+        ids, start = prompts.render(tf.tokenizer(), prompts.mcq_direct(item), letter(item))
+        found.append((ids, [-100] * start + [ids[start]] + [-100] * (len(ids) - start - 1)))
+    return found
+
+
+def text_rows(texts):
+    encoded = ([2, *tokenizers.encode(tf.tokenizer(), text)] for text in texts)
+    return [(ids, ids) for ids in encoded]
+
+
+def fit(scored, groups, steps, rate):
+    """Train on the sum of the groups' mean losses, all rows of a group in one batch."""
+    import torch
+
+    def batch(rows):
+        width = max(len(ids) for ids, _ in rows)
+        ids = torch.tensor([ids + [0] * (width - len(ids)) for ids, _ in rows])
+        labels = torch.tensor([labels + [-100] * (width - len(labels)) for _, labels in rows])
+        lengths = torch.tensor([len(ids) for ids, _ in rows])
+        return {"input_ids": ids, "labels": labels, "attention_mask": (torch.arange(width) < lengths[:, None]).long()}
+
+    inputs = [batch(rows) for rows in groups]
+    optimizer = torch.optim.AdamW([p for p in scored.parameters() if p.requires_grad], lr=rate)
+    scored.train()
+    for _ in range(steps):
+        sum(scored(**given, use_cache=False).loss for given in inputs).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return scored.eval()
+
+
+@pytest.fixture(scope="module")
+def knowing(tmp_path_factory):
+    """The folder of a base that knows its dev questions by heart and has read English: it has something to lose."""
+    import shutil
+
+    folder = tmp_path_factory.mktemp("knowing") / "base"
+    modeling.set_up_torch(1)
+    scored = tf.text_model(tf.base_folder()).requires_grad_(True)
+    fit(scored, [text_rows(tf.ENGLISH)], 20, 5e-3)
+    fit(scored, [item_rows(lambda item: item["answer"]), text_rows(tf.ENGLISH)], 60, 3e-3)
+    shutil.copytree(tf.base_folder(), folder)
+    modeling.save_model(scored, folder)
+    return folder
+
+
+def adapted(base):
+    """The base with a fresh adapter, its weights trainable."""
+    modeling.set_up_torch(2)
+    return modeling.fresh_adapter(tf.text_model(base), tf.profile(), second=False, new_ids=tf.new_ids(), seed=1)
+
+
+@pytest.fixture
+def judged(knowing, paths):
+    """judged(model) -> (its evaluation, the gate's word against the base that knows its questions)"""
+    first = evaluated(tf.text_model(knowing), paths, "base", "fp32")
+    assert first["mcq"]["correct"] == 12
+
+    def judge(scored):
+        after = evaluated(scored, paths, "train_00", "fp32")
+        return after, evaluation.gate(first, after, tf.profile())
+
+    return judge
+
+
+def test_a_no_op_passes_the_gate(knowing, judged):
+    after, gate = judged(adapted(knowing))
+    assert gate == {"passed": True, "reasons": [], "p": 1.0, "english_ratio": 1.0} and after["mcq"]["correct"] == 12
+
+
+def test_shuffled_embeddings_fail_both_ways(knowing, judged):
+    import torch
+
+    scored = tf.text_model(knowing)
+    weight = scored.get_input_embeddings().weight
+    with torch.no_grad():
+        weight.copy_(weight[torch.randperm(len(weight), generator=torch.Generator().manual_seed(3))].clone())
+    after, gate = judged(scored)
+    assert not gate["passed"] and gate["p"] < 0.01 and gate["english_ratio"] > 1.05 and len(gate["reasons"]) == 2
+    assert after["mcq"]["correct"] <= 4
+
+
+def test_an_adapter_trained_on_wrong_answers_fails(knowing, judged):
+    """English is trained too, and stays: the answers alone must stop it."""
+    wrong = {"A": "B", "B": "C", "C": "D", "D": "A"}
+    english = text_rows(tf.texts(20, 2, tf.ENGLISH))
+    scored = fit(adapted(knowing), [item_rows(lambda item: wrong[item["answer"]]), english], 60, 5e-3)
+    after, gate = judged(scored)
+    assert after["mcq"]["correct"] <= 4 and gate["english_ratio"] < 1.05
+    assert not gate["passed"] and len(gate["reasons"]) == 1 and "dev accuracy fell from 100.0%" in gate["reasons"][0]
+
+
+def test_an_adapter_that_destroyed_english_fails(knowing, judged):
+    """Its answers stay right: English alone must stop it."""
+    shuffled = [
+        " ".join(random.Random(i).sample(text.split(), len(text.split()))[::-1]) for i, text in enumerate(tf.KOREAN)
+    ]
+    scored = fit(adapted(knowing), [item_rows(lambda item: item["answer"]), text_rows(shuffled)], 40, 1e-2)
+    after, gate = judged(scored)
+    assert after["mcq"]["correct"] == 12 and gate["p"] == 1
+    assert not gate["passed"] and len(gate["reasons"]) == 1 and "English bits per character rose" in gate["reasons"][0]
+
+
+# other ways to ask --------------------------------------------------------------------------------------
+
+
+def test_rotations_ask_the_rotated_items():
+    scored = model()
+    answer = functools.partial(evaluation.score_letters, scored, tf.tokenizer(), batch=4)
+    rows, scores = evaluation.rotate(answer, tf.ITEMS, 5)
+    assert [{k: v for k, v in row.items() if k != "rotations"} for row in rows] == answer(tf.ITEMS)
+    for shift in range(5):
+        turned = answer([mcq.rotated(item, shift) for item in tf.ITEMS])
+        for item, row, at_shift in zip(tf.ITEMS, rows, turned, strict=True):
+            chosen = row["rotations"][shift]
+            assert item[chosen] == mcq.rotated(item, shift)[at_shift["predicted"]]
+        right = sum(row["predicted"] == row["gold"] for row in turned)
+        assert scores["accuracies"][shift] == pytest.approx(right / 12)
+    assert scores["mean_accuracy"] == pytest.approx(sum(scores["accuracies"]) / 5)
+    assert sum(scores["shown"].values()) == 60 and scores["unparsed"] == 0
+    once, alone = evaluation.rotate(answer, tf.ITEMS, 1)
+    assert alone["consistency"] == 1 and alone["vote_accuracy"] == alone["mean_accuracy"]
+    assert [row["rotations"] for row in once] == [[row["predicted"]] for row in rows]
+
+
+def test_generated_answers_are_those_of_one_by_one_and_stop_at_the_turn():
+    """Taught to answer with the letter, batches padded on the left say what each item says alone."""
+    modeling.set_up_torch(4)
+    scored = tf.text_model(tf.base_folder()).requires_grad_(True)
+    rows = []
+    for item in tf.ITEMS:
+        ids, start = prompts.render(tf.tokenizer(), prompts.mcq_direct(item), item["answer"])
+        rows.append((ids, [-100] * start + ids[start:]))
+    fit(scored, [rows], 80, 5e-3)
+    found = evaluation.generate_letters(scored, tf.tokenizer(), tf.ITEMS, 5, most=8)
+    for item, row in zip(tf.ITEMS, found, strict=True):
+        assert row["output"] == evaluation.generate(scored, tf.tokenizer(), prompts.mcq_direct(item), most=8)
+    ended = [row for row in found if row["ended"]]
+    assert len(ended) >= 10 and all(row["output"].endswith("<end_of_turn>") for row in ended)
+    assert sum(row["predicted"] == row["gold"] for row in found) >= 10
+    cut = evaluation.generate_letters(scored, tf.tokenizer(), tf.ITEMS, 5, most=1)
+    assert not any(row["ended"] for row in cut) and [r["predicted"] for r in cut] == [r["predicted"] for r in found]
+
+
+def test_reasoning_is_asked_for_and_scored(monkeypatch):
+    scored, asked = model(), []
+    real = prompts.mcq_reasoning
+    monkeypatch.setattr(prompts, "mcq_reasoning", lambda item: asked.append(item["id"]) or real(item))
+    rows = evaluation.generate_letters(scored, tf.tokenizer(), tf.ITEMS[:3], 2, most=4, reasoning=True)
+    assert asked == [item["id"] for item in tf.ITEMS[:3]]
+    for item, row in zip(tf.ITEMS, rows, strict=False):
+        assert row["output"] == evaluation.generate(scored, tf.tokenizer(), real(item), most=4)
+        assert row["format"] == mcq.format_score(row["output"])
+        assert row["combined"] == mcq.combined_score(row["output"], item["answer"], item)
+
+
+def test_an_empty_generation_is_a_counted_row():
+    """A model that ends its turn at once."""
+    import torch
+
+    scored = tf.text_model(tf.base_folder())
+    end = tf.tokenizer().convert_tokens_to_ids("<end_of_turn>")
+
+    def at_once(ids, scores):
+        return torch.full_like(scores, -100.0).index_fill(1, torch.tensor([end]), 0.0)
+
+    real = scored.generate
+    scored.generate = lambda **given: real(**given, logits_processor=[at_once])
+    rows = evaluation.generate_letters(scored, tf.tokenizer(), tf.ITEMS[:4], 2, most=4)
+    assert [(r["predicted"], r["reason"], r["output"], r["ended"]) for r in rows] == [
+        (None, mcq.EMPTY, "<end_of_turn>", True)
+    ] * 4
+    assert mcq.score(rows)["unparsed_reasons"] == {mcq.EMPTY: 4}
+
+
+def test_letters_in_eight_bits_beside_full_precision():
+    """Measured and shown, not asserted to be equal: quantising changes scores, and on random weights some letters."""
+    full, eight = (
+        evaluation.score_letters(model(precision), tf.tokenizer(), tf.ITEMS, 4) for precision in ("fp32", "8bit")
+    )
+    same = sum(a["predicted"] == b["predicted"] for a, b in zip(full, eight, strict=True))
+    apart = max(
+        abs(a["log_probs"][k] - b["log_probs"][k]) for a, b in zip(full, eight, strict=True) for k in a["log_probs"]
+    )
+    print(f"8bit beside fp32: {same} of {len(full)} letters equal, log-probabilities at most {apart:.3f} apart")
+    assert same >= 9 and 0 < apart < 0.5
+    # Within eight bits, batches change nothing but rounding: activations are quantised row by row.
+    alone = evaluation.score_letters(model("8bit"), tf.tokenizer(), tf.ITEMS, 1)
+    assert sum(a["predicted"] == b["predicted"] for a, b in zip(alone, eight, strict=True)) >= 11

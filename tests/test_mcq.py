@@ -132,6 +132,8 @@ def test_refined_items_are_read_back(tmp_path):
         ({**four, "answer": "AB"}, "row 3: answer 'AB' is none of ABCD"),
         ({**four, "answer": ""}, "row 3: answer '' is none of ABCD"),
         ({**four, "answer": 4}, "line 3: no text under answer; the row has id, question, A, B, C, D, answer"),
+        ({**four, "D": "", "E": "5", "answer": "E"}, "row 3: option D is empty"),
+        ({**four, "B": ""}, "row 3: option B is empty"),
         ({"id": "a", "text": "가"}, "line 3: no text under question, A, B, C, D, answer; the row has id, text"),
     ):
         records.write_jsonl(file, items)
@@ -236,7 +238,16 @@ def test_table_letter_outside_the_options():
         ("정답: F", mcq.NOT_OPTION),
         ("정답: A, B", mcq.AMBIGUOUS),
         ("A. 협심증\nB. 심근경색\nC. 폐렴", mcq.OPTION_LIST),
-        ("모르겠습니다", mcq.NOT_FOUND),
+        ("모르겠습니다", mcq.REFUSED),
+        ("죄송하지만 답할 수 없습니다.", mcq.REFUSED),
+        ("I cannot answer this.", mcq.REFUSED),
+        ("I'm sorry, but I can’t help with that.", mcq.REFUSED),
+        ("정답: 없음", mcq.NOT_FOUND),
+        ("원인을 알 수 없는 발열", mcq.NOT_FOUND),  # a text about what is unknown refuses nothing
+        ("<reasoning>죄송하지만", mcq.UNCLOSED),
+        ("죄송하지만 A, B", mcq.REFUSED),
+        ("A, B", mcq.AMBIGUOUS),
+        ("", mcq.EMPTY),
     ],
 )
 def test_reasons(output, reason):
@@ -458,31 +469,60 @@ def test_never_raises_and_stays_fast():
 REFUSAL = re.compile(r"죄송|모르겠|답할 수 없|알 수 없|cannot answer|can't answer|unable to|EMPTY_RESPONSE")
 
 
-def test_real_outputs():
-    """Measured on 23,039 rows of nine models' outputs: of 22,599 rows with a stored letter we give another letter in
-    0 and none in 239 (1.1 %); of the 13,675 whose stored letter is right, in 0 and 62 (0.5 %). The Llama file alone
-    has 216 of 3,984 (5.4 %), nearly all `C: 34.9%`, which need the item's options; the rest reason without a mark
-    and end in a letter, or are not answers at all.
-    """
+def real_rows():
+    """(file, number, row) of every stored output; the answers of many span lines."""
     files = sorted((REAL / "eval_outputs").glob("*.csv"))
     if not files:
         pytest.skip(f"{REAL / 'eval_outputs'} is absent")
-    rows = Counter()
     for path in files:
         with open(path, encoding="utf-8-sig", newline="") as file:
-            for row in csv.DictReader(file):
-                ours = extract_answer(row["response"]).letter
-                if len(row["response"]) < 200 and REFUSAL.search(row["response"]):
-                    assert ours is None, row["response"]
-                    rows["refusals"] += 1
-                if row["pred"]:
-                    kind = "same" if ours == row["pred"] else "none" if ours is None else "other"
-                    rows.update(["stored", kind])
-                    if row["pred"] == row["answer"]:
-                        rows.update(["right", f"right {kind}"])
-    assert rows["stored"] > 20_000 and rows["refusals"] > 300
-    assert rows["other"] <= 0.001 * rows["stored"] and rows["right other"] <= 0.001 * rows["right"]
-    assert rows["none"] <= 0.015 * rows["stored"] and rows["right none"] <= 0.01 * rows["right"]
+            for number, row in enumerate(csv.DictReader(file), 1):
+                yield path.stem, number, row
+
+
+def test_real_outputs():
+    """Measured on 23,039 rows of nine models' outputs, 7,493 of them with several lines. Of the 13,675 whose stored
+    letter is right we give another letter in 0 and none in 62 (0.5 %), of which 8 have several lines; of all 22,599
+    with a stored letter, in 0 and 239 (1.1 %). The Llama file alone has 216 of 3,984 (5.4 %), nearly all `C: 34.9%`,
+    which need the item's options; the rest reason without a mark and end in a letter, or are not answers at all.
+    """
+    rows, differing, unlike = Counter(), Counter(), []
+    for file, number, row in real_rows():
+        ours = extract_answer(row["response"])
+        assert ours.reason
+        lines = "several lines" if "\n" in row["response"].strip() else "one line"
+        if row["pred"]:
+            kind = "same" if ours.letter == row["pred"] else "none" if ours.letter is None else "other"
+            rows.update(["stored", kind])
+            if row["pred"] == row["answer"]:
+                rows.update(["right", f"right {kind}", lines, f"{lines} {kind}"])
+                if kind != "same":
+                    differing[ours.reason] += 1
+                    text = " ".join(row["response"].split())
+                    unlike.append(f"{file}:{number} stored {row['pred']}, ours {ours}: {text[:60]} … {text[-40:]}")
+    print(*unlike, sep="\n")  # each with its reason: pytest -rP
+    print(dict(rows), dict(differing))
+    assert rows["stored"] > 20_000 and rows["several lines"] > 4000
+    for group in ("right", "several lines", "one line"):
+        assert rows[f"{group} other"] <= 0.005 * rows[group] and rows[f"{group} none"] <= 0.05 * rows[group]
+    assert len(unlike) == differing.total() == rows["right other"] + rows["right none"]
+    # What it does now, and a little more: a change for the worse must be seen.
+    assert rows["other"] <= 0.001 * rows["stored"] and rows["none"] <= 0.015 * rows["stored"]
+    assert rows["right none"] <= 0.01 * rows["right"]
+
+
+def test_real_refusals_and_unfinished_reasoning_give_no_letter():
+    refusals = unfinished = 0
+    for _, number, row in real_rows():
+        if len(row["response"]) < 200 and REFUSAL.search(row["response"]):
+            assert extract_answer(row["response"]).letter is None, row["response"]
+            refusals += 1
+        if number % 5 == 0:  # as reasoning whose end never came, whole and cut anywhere
+            for text in (row["response"], row["response"][: number % 97]):
+                assert extract_answer(f"<reasoning>\n{text}") == (None, mcq.UNCLOSED)
+                assert extract_answer(f"<R>{text}<end_of_turn>") == (None, mcq.UNCLOSED)
+            unfinished += 1
+    assert refusals > 300 and unfinished > 4000
 
 
 # scores -------------------------------------------------------------------------------------------------
@@ -535,6 +575,30 @@ def test_alarm():
     assert score(predictions(gold, "CCCCC---------------"))["alarm"] == "C", "a share of the predicted letters"
 
 
+def test_refused_are_counted_apart():
+    rows = predictions("ABCD", "A---")
+    rows[1]["reason"], rows[2]["reason"] = mcq.REFUSED, mcq.EMPTY
+    result = score(rows)
+    assert (result["unparsed"], result["refused"], result["n"]) == (3, 1, 4)
+    assert result["unparsed_reasons"] == {mcq.REFUSED: 1, mcq.EMPTY: 1, mcq.NOT_FOUND: 1}
+    assert result["accuracy"] == 0.25 and result["accuracy_parsed"] == 1
+
+
+@pytest.mark.parametrize("split", ["dev", "test"])
+def test_always_c_is_at_the_majority_baseline(split):
+    """Whoever answers C on every real question has the share of C, and is told to be within chance."""
+    file = REAL / "01_raw" / "02_kor_med_test" / f"{split}.jsonl"
+    if not file.is_file():
+        pytest.skip(f"{file} is absent")
+    items = [read_raw_item(row, split, normalise) for row in records.read_jsonl(file)]
+    gold = [item["answer"] for item in items]
+    result = score(predictions(gold, "C" * len(gold)))
+    assert result["alarm"] == "C" and result["accuracy"] == gold.count("C") / len(gold) <= result["majority_accuracy"]
+    assert within_chance(result) and result["accuracy_by_gold"] == {k: float(k == "C") for k in "ABCDE"}
+    if result["majority_letter"] == "C":
+        assert result["accuracy"] == result["majority_accuracy"]
+
+
 def test_within_chance():
     gold = "ABCDE" * 40
 
@@ -546,6 +610,83 @@ def test_within_chance():
     assert within_chance(score(predictions(gold, right(0.25)))), "40 of 200 lies within the interval of 50 of 200"
     assert not within_chance(score(predictions(gold, right(0.30))))
     assert within_chance({"lower": 0.22, "majority_accuracy": 0.22})
+
+
+# rotated options ----------------------------------------------------------------------------------------
+
+ROTATED = {"id": "1", "question": "?", "A": "가", "B": "나", "C": "다", "D": "라", "E": "마", "answer": "B"}
+
+
+def test_rotation_shows_option_j_plus_s_at_position_j():
+    for shift in range(7):
+        turned = mcq.rotated({**ROTATED, "reasoning": "A) 가"}, shift)
+        assert [turned[letter] for letter in "ABCDE"] == [ROTATED["ABCDE"[(j + shift) % 5]] for j in range(5)]
+        assert turned[turned["answer"]] == "나" and turned["id"] == "1" and "reasoning" not in turned
+        for letter in "ABCDE":
+            assert ROTATED[mcq.chosen_option(ROTATED, letter, shift)] == turned[letter]
+    assert mcq.chosen_option(ROTATED, None, 3) is None
+    four = {key: value for key, value in ROTATED.items() if key != "E"}
+    turned = mcq.rotated(four, 3)
+    assert "E" not in turned and [turned[k] for k in "ABCD"] == ["라", "가", "나", "다"] and turned["answer"] == "C"
+    assert mcq.rotated(four, 4) == {**four}
+
+
+def test_rotation_scores_by_hand():
+    golds = ["A", "B", "C", "D"]
+    chosen = [
+        ["A", "A", "A", "A", "A"],  # consistent and right
+        ["C", "C", "C", "C", "C"],  # consistent and wrong
+        ["A", "C", "B", "C", None],  # the vote is right; no answer once
+        ["E", "D", "D", "E", "A"],  # two of each: the first one counts
+    ]
+    found = mcq.rotation_scores(golds, chosen)
+    assert found["accuracies"] == [0.25, 0.75, 0.5, 0.5, 0.25] and found["n"] == 5
+    assert found["mean_accuracy"] == (5 + 0 + 2 + 2) / 20 and found["consistency"] == 0.5
+    assert (found["vote_correct"], found["vote_accuracy"], found["unparsed"]) == (2, 0.5, 1)
+    assert (found["vote_lower"], found["vote_upper"]) == mcq.wilson(2, 4)
+    nothing = mcq.rotation_scores(["A"], [[None, None]])
+    assert (nothing["consistency"], nothing["vote_accuracy"], nothing["unparsed"]) == (0, 0, 2)
+    one = mcq.rotation_scores(["A", "B"], [["A"], ["A"]])
+    assert (one["mean_accuracy"], one["vote_accuracy"], one["consistency"]) == (0.5, 0.5, 1)
+
+
+def test_a_position_is_no_opinion():
+    """Who answers C wherever it stands is right once in five rotations, and never consistent."""
+    items = [{**ROTATED, "answer": letter} for letter in "ABCDE" * 3]
+    chosen = [[mcq.chosen_option(item, "C", shift) for shift in range(5)] for item in items]
+    found = mcq.rotation_scores([item["answer"] for item in items], chosen)
+    assert found["consistency"] == 0 and found["mean_accuracy"] == pytest.approx(0.2)
+
+
+# questions that keep failing ----------------------------------------------------------------------------
+
+
+def test_failed_questions():
+    items = [{"id": f"q{i:02}", "question": f"질문 {i}\n" + "긴 " * (60 if i == 2 else 1)} for i in range(14)]
+
+    def look(wrong):
+        return [{"id": item["id"], "gold": "B", "predicted": wrong.get(i, "B")} for i, item in enumerate(items)]
+
+    everywhere = {i: "A" for i in range(2, 13)}
+    looks = [(10, look({**everywhere, 0: "C"})), (20, look({**everywhere, 1: "D"})), (30, look({2: None, 3: "E"}))]
+    found = mcq.failed_questions(looks, items)
+    assert [entry["question_id"] for entry in found] == [f"q{i:02}" for i in (2, 3, *range(4, 12))]
+    assert found[0] == {
+        "question_id": "q02",
+        "fail_count": 3,
+        "expected": "B",
+        "last_predicted": None,
+        "question_preview": found[0]["question_preview"],
+        "last_failed_step": 30,
+    }
+    assert len(found[0]["question_preview"]) == 80 and found[0]["question_preview"].startswith("질문 2 긴 긴")
+    assert found[2]["question_preview"] == "질문 4 긴" and (found[2]["last_failed_step"], found[2]["fail_count"]) == (
+        20,
+        2,
+    )
+    rest = mcq.failed_questions(looks, items, most=20)[11:]
+    assert [(e["question_id"], e["last_failed_step"]) for e in rest] == [("q01", 20), ("q00", 10)]
+    assert mcq.failed_questions([(5, look({}))], items) == []
 
 
 # training-time scores -----------------------------------------------------------------------------------

@@ -14,9 +14,10 @@ from types import ModuleType
 
 import pytest
 
-from medgemma_korean import cli, profiles, records, training
+from medgemma_korean import cli, evaluation, profiles, records, training
 from medgemma_korean.cli import PipelineError
 from medgemma_korean.paths import RunPaths
+from medgemma_korean.statistics import wilson
 
 SCRIPT = Path(__file__).parents[1] / "script"
 SAMPLE = Path(__file__).parents[1] / "data" / "sample" / "01_raw"
@@ -189,8 +190,113 @@ def test_items_and_names():
     assert mcq_test.chosen_items(items, None, 5) == mcq_test.chosen_items(items, None, 5) != items[:5]
     with pytest.raises(PipelineError, match="doctor, nurse"):
         mcq_test.chosen_items(items, ["vet"], None)
-    assert mcq_test.label("dev", "letter", None, None) == "dev-letter"
-    assert mcq_test.label("test", "generate", ["nurse", "doctor"], 9) == "test-generate-doctor-nurse-limit9"
+    for split, argv, name in (
+        ("dev", "", "dev-letter"),
+        ("test", "--mode generate --exams nurse doctor --limit 9", "test-generate-doctor-nurse-limit9"),
+        ("dev", "--mode generate --reasoning --rotations 3", "dev-generate-reasoning-rotations3"),
+        ("dev", "--mode harness --shots 5", "dev-harness-shots5"),
+        ("dev", "--failed-questions --rotations 1", "dev-letter-checkpoints"),
+    ):
+        assert mcq_test.label(split, mcq_test.make_parser().parse_args(argv.split())) == name
+
+
+@pytest.mark.parametrize(
+    ("argv", "why"),
+    [
+        ("--reasoning", "--reasoning goes with --mode generate"),
+        ("--max-new-tokens 9", "--max-new-tokens goes with --mode generate"),
+        ("--shots 5 --mode generate", "--shots goes with --mode harness"),
+        ("--rotations 2 --mode harness", "--rotations goes with --mode letter or generate"),
+        ("--failed-questions --final", "leave out --final"),
+    ],
+)
+def test_options_that_do_not_go_together(empty_root, argv, why):
+    with pytest.raises(PipelineError, match=why):
+        mcq_test.main(argv.split())
+    assert not (empty_root / "model").exists()
+
+
+@pytest.mark.parametrize("argv", ["--rotations 0", "--rotations 6", "--limit 0", "--shots x", "--mode loud"])
+def test_options_out_of_range(argv, capsys):
+    with pytest.raises(SystemExit) as error:
+        mcq_test.make_parser().parse_args(argv.split())
+    assert error.value.code == 2
+
+
+def test_a_part_has_a_wider_interval_and_says_so():
+    score = {"n": 60, "accuracy": 0.5, "lower": wilson(30, 60)[0], "upper": wilson(30, 60)[1]}
+    found = mcq_test.interval_of_limit(score, 435)
+    assert (found["n"], found["of"]) == (60, 435)
+    assert found["half_width"] == pytest.approx(0.1224, abs=1e-3)
+    assert found["half_width_of_all"] == pytest.approx(0.0468, abs=1e-3)
+
+
+# answers of another file --------------------------------------------------------------------------------
+
+QUESTIONS = [
+    {
+        "id": str(i),
+        "exam": "doctor",
+        "question": f"질문 {i}",
+        **dict(zip("ABCD", "가나다라", strict=True)),
+        "answer": "B",
+    }
+    for i in range(6)
+]
+
+
+def answers_of(items, right=3, **more):
+    return [
+        {"id": item["id"], "gold": item["answer"], "predicted": "B" if i < right else None, **more}
+        for i, item in enumerate(items)
+    ]
+
+
+def test_answers_of_another_file(tmp_path):
+    lines, whole = tmp_path / "a.jsonl", tmp_path / "evaluation.json"
+    rows = answers_of(QUESTIONS, precision="8bit", protocol="letter")
+    rows = [{**row, "item": mcq_test.digest(item)} for row, item in zip(rows, QUESTIONS, strict=True)]
+    records.write_jsonl(lines, rows)
+    records.write_json(whole, {"precision": "8bit", "protocol": "letter", "predictions": answers_of(QUESTIONS)})
+    for file in (lines, whole):
+        found = mcq_test.earlier_answers(file, QUESTIONS, "8bit")
+        assert found["mcq"]["accuracy"] == 0.5 and found["protocol"] == "letter" and len(found["predictions"]) == 6
+        after = {"mcq": {"accuracy": 1.0}, "predictions": answers_of(QUESTIONS, right=6)}
+        change = evaluation.compare_rows(found, after)
+        assert (change["wrong_to_right"], change["right_to_wrong"], change["p"]) == (3, 0, 0.25)
+        with pytest.raises(PipelineError, match="scored in 8bit, and this call in bf16; add --precision 8bit"):
+            mcq_test.earlier_answers(file, QUESTIONS, "bf16")
+
+
+def test_answers_to_other_items_are_refused(tmp_path):
+    file = tmp_path / "a.jsonl"
+    reworded = [{**QUESTIONS[0], "question": "다른 질문"}, *QUESTIONS[1:]]
+    with_digests = [
+        {**row, "item": mcq_test.digest(item)} for row, item in zip(answers_of(QUESTIONS), reworded, strict=True)
+    ]
+    for rows, differ in (
+        (answers_of(QUESTIONS[:4]), "4 there, 6 here, 2 differ, such as 4"),
+        (answers_of([*QUESTIONS, {**QUESTIONS[0], "id": "x"}]), "7 there, 6 here, 1 differ, such as x"),
+        (answers_of([{**QUESTIONS[0], "answer": "C"}, *QUESTIONS[1:]]), "1 differ, such as 0"),
+        (with_digests, "1 differ, such as 0"),
+        ([*answers_of(QUESTIONS), answers_of(QUESTIONS)[0]], "7 there, 6 here, 0 differ"),
+    ):
+        records.write_jsonl(file, rows)
+        with pytest.raises(PipelineError, match=differ):
+            mcq_test.earlier_answers(file, QUESTIONS, "8bit")
+
+
+@pytest.mark.parametrize("content", ["", '{"id": "1"}\n', '{"question": "?", "answer": "A"}\n'])
+def test_a_file_without_answers_is_refused(tmp_path, content):
+    file = tmp_path / "a.jsonl"
+    file.write_text(content)
+    with pytest.raises(PipelineError, match="no answers there"):
+        mcq_test.earlier_answers(file, QUESTIONS, "8bit")
+    records.write_json(tmp_path / "b.json", {"split": "dev"})
+    with pytest.raises(PipelineError, match="no answers there"):
+        mcq_test.earlier_answers(tmp_path / "b.json", QUESTIONS, "8bit")
+    with pytest.raises(PipelineError, match="no such file"):
+        mcq_test.earlier_answers(tmp_path / "c.jsonl", QUESTIONS, "8bit")
 
 
 def test_looks_are_counted(empty_root):
@@ -313,6 +419,73 @@ def test_validation_programs(chain, capsys):
     assert summary["base"]["mcq"] == records.read_json(chain.scores("base"))["mcq"]
     assert "against_first" not in summary["base"] and summary["merged"]["against_first"]["before"] == "base"
     assert len(list(records.read_jsonl(chain.report / "validation" / "dev-letter-base.jsonl"))) == 30
+
+    # Against the file of another call, in rotations: the numbers of the rows.
+    base = str(chain.report / "validation" / "dev-letter-base.jsonl")
+    assert mcq_test.main(["--models", "merged", "--rotations", "5", "--against", base]) == 0
+    turned = records.read_json(chain.report / "validation" / "dev-letter-rotations5.json")["models"]["merged"]
+    assert turned["mcq"] == summary["merged"]["mcq"]
+    told = {k: v for k, v in summary["merged"]["against_first"].items() if k != "before"}
+    assert told.items() <= turned["against_file"].items() and turned["against_file"]["protocol"] == "letter"
+    rows = list(records.read_jsonl(chain.report / "validation" / "dev-letter-rotations5-merged.jsonl"))
+    chosen = [row["rotations"] for row in rows]
+    assert all(len(options) == 5 for options in chosen)
+    assert turned["rotations"]["consistency"] == sum(len(set(options)) == 1 for options in chosen) / 30
+    assert turned["rotations"]["mean_accuracy"] == pytest.approx(
+        sum(option == row["gold"] for row in rows for option in row["rotations"]) / 150
+    )
+    parts = turned["contamination"]
+    assert parts["clean"]["n"] + (parts["touched"] or {"n": 0})["n"] == 30
+    with pytest.raises(PipelineError, match="30 there, 4 here, 26 differ"):
+        mcq_test.main(["--models", "merged", "--limit", "4", "--against", base])
+
+    # The checkpoints of one training.
+    assert mcq_test.main(["--failed-questions", "--models", str(chain.loop)]) == 0
+    failed = records.read_json(chain.report / "failed_questions.json")
+    steps = [look["step"] for look in failed["looks"]]
+    assert steps == sorted(steps) and records.read_json(chain.loop / "training_info.json")["best_step"] in steps
+    by_step = {
+        step: list(records.read_jsonl(f))
+        for step in steps
+        for f in (chain.report / "validation").glob(f"dev-letter-checkpoints-*step{step}.jsonl")
+    }
+    assert len(failed["questions"]) == 10 and set(by_step) == set(steps)
+    for entry in failed["questions"]:
+        at = {step: row for step, rows in by_step.items() for row in rows if row["id"] == entry["question_id"]}
+        wrong = [step for step, row in at.items() if row["predicted"] != row["gold"]]
+        assert (entry["fail_count"], entry["last_failed_step"]) == (len(wrong), max(wrong))
+        assert entry["last_predicted"] == at[max(wrong)]["predicted"] and entry["expected"] == at[max(wrong)]["gold"]
+    with pytest.raises(PipelineError, match="not the folder of a training"):
+        mcq_test.main(["--failed-questions", "--models", str(chain.another_lora_added)])
+
+    # The official protocol, where its library is installed.
+    official = ["--models", "merged", "--mode", "harness", "--limit", "3"]
+    if importlib.util.find_spec("lm_eval") is None:
+        with pytest.raises(PipelineError, match=r"not installed; run: .venv/bin/pip install 'lm_eval>=0\.4\.13'"):
+            mcq_test.main(official)
+    else:
+        assert mcq_test.main(official) == 0
+        found = records.read_json(chain.report / "validation" / "dev-harness-limit3.json")["models"]["merged"]
+        assert found["harness"]["micro"] == found["mcq"]["accuracy"] and found["protocol"] == "harness"
+        assert found["harness"]["task_version"] == 3.0 and found["mcq"]["n"] == found["limit"]["n"] == 3
+
+    # What a person can give wrongly, one message each.
+    alone = chain.models / "copied" / "final"
+    shutil.copytree(chain.loop / "final", alone)
+    with pytest.raises(PipelineError, match="an adapter without its base.*stage.json"):
+        mcq_test.main(["--models", str(alone)])
+    cut = chain.models / "cut"
+    shutil.copytree(chain.raw_model, cut)
+    (cut / "model.safetensors").unlink()
+    with pytest.raises(PipelineError, match="is no base to train on:\n  no safetensors weights"):
+        mcq_test.main(["--models", "base", str(cut)])
+    test_file = chain.mcq / "test.jsonl"
+    test_file.rename(test_file.with_suffix(".away"))
+    with pytest.raises(PipelineError, match="test.jsonl"):
+        mcq_test.main(["--models", "base", "--final"])
+    test_file.with_suffix(".away").rename(test_file)
+    for made in (alone.parent, cut):
+        shutil.rmtree(made)
 
     looks = chain.report / "test_looks.json"
     assert not looks.exists()

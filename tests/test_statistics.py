@@ -1,6 +1,7 @@
 """Wilson, McNemar and baselines against reference values and brute force."""
 
 import itertools
+import random
 import time
 from fractions import Fraction
 
@@ -79,6 +80,24 @@ def test_wilson_undefined(k, n):
 def test_mcnemar_reference(b, c, p):
     assert mcnemar(b, c) == pytest.approx(p, rel=1e-10)
     assert mcnemar(c, b) == mcnemar(b, c)
+
+
+def test_random_tables_beside_other_libraries():
+    """Both against statsmodels, and McNemar against scipy's binomial test, on 500 tables; neither is required."""
+    proportion = pytest.importorskip("statsmodels.stats.proportion")
+    contingency = pytest.importorskip("statsmodels.stats.contingency_tables")
+    scipy = pytest.importorskip("scipy.stats")
+    rng = random.Random(11)
+    for _ in range(500):
+        n = rng.choice((1, 7, 60, 435, 3009, 10**6))
+        k = rng.choice((0, n, rng.randint(0, n)))
+        expected = proportion.proportion_confint(k, n, alpha=0.05, method="wilson")
+        assert wilson(k, n) == pytest.approx(expected, abs=1e-9)
+        b, c = (rng.randint(0, rng.choice((3, 40, 700))) for _ in range(2))
+        table = [[rng.randint(0, 900), c], [b, rng.randint(0, 900)]]
+        assert mcnemar(b, c) == pytest.approx(contingency.mcnemar(table, exact=True).pvalue, abs=1e-9)
+        if b + c:
+            assert mcnemar(b, c) == pytest.approx(scipy.binomtest(b, b + c, 0.5).pvalue, abs=1e-9)
 
 
 def test_mcnemar_counts_every_outcome():

@@ -1,35 +1,47 @@
 """KorMedMCQA accuracy of one or more models, on dev or, with --final, on test.
 
-Reads   the models of a run, data/02_refined/02_kor_med_test/{dev,test}.jsonl
+Reads   the models of a run, folders or hub ids, data/02_refined/02_kor_med_test/{dev,test}.jsonl, and what training
+        reads (which items stand in it)
 Writes  model/report/<name>/validation/<split>-<mode>[...].json and a .jsonl of every answer for each model
         model/report/<name>/test_looks.json, one entry for every time the test split was opened
+        model/report/<name>/failed_questions.json (--failed-questions)
 
     python script/evaluate/validation_kor_med_test.py --model tiny
     python script/evaluate/validation_kor_med_test.py --model tiny --models base 02 --mode generate --exams doctor
+    python script/evaluate/validation_kor_med_test.py --model tiny --rotations 5
+    python script/evaluate/validation_kor_med_test.py --model medgemma-4b --models 02 --mode generate --reasoning \\
+        --against model/report/medgemma-4b/validation/dev-generate-base.jsonl
+    python script/evaluate/validation_kor_med_test.py --model tiny --failed-questions
     python script/evaluate/validation_kor_med_test.py --model medgemma-4b --models base 02 --final
 
 Letter mode takes the option letter with the highest log-probability; generate mode lets the model answer and extracts
-the letter, and what has none counts as wrong. All models see the same items in the same precision; the first one is
-what the others are compared with (exact McNemar). Choose on dev: every look at test is counted.
+the letter, and what has none counts as wrong; harness mode is the official protocol through lm-evaluation-harness,
+which is not installed with the project (pip install 'lm_eval>=0.4.13'). All models see the same items in the same
+precision; the first one is what the others are compared with (exact McNemar), or the answers of --against. Choose on
+dev: every look at test is counted.
 """
 
 from __future__ import annotations
 
 import argparse
 import datetime
+import functools
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from medgemma_korean import batches, cli, evaluation, mcq, precision, records
+from medgemma_korean import batches, cli, contamination, evaluation, harness, mcq, precision, prompts, records
 from medgemma_korean.cli import PipelineError, log
 from medgemma_korean.paths import RunPaths, show
 from medgemma_korean.profiles import ModelProfile
+from medgemma_korean.statistics import wilson
+from medgemma_korean.ticker import Ticker
 
 PROGRAM = "validation_kor_med_test"
 SEED = 17
 ANSWER_TOKENS = 64  # generate mode: a bare letter needs 2; an untrained model may add its option and a sentence
+REASONING_TOKENS = 1024  # about twice the longest rationale that is trained
 
 
 def chosen_items(
@@ -42,9 +54,12 @@ def chosen_items(
     return batches.sample([item for item in items if not exams or item["exam"] in exams], limit, SEED)
 
 
-def label(split: str, mode: str, exams: Sequence[str] | None, limit: int | None) -> str:
-    """The files' name: a part of a split never overwrites the scores of the whole."""
-    return "-".join([split, mode, *sorted(set(exams or ())), *([f"limit{limit}"] if limit else [])])
+def label(split: str, args: argparse.Namespace) -> str:
+    """The files' name: a part of a split, or another way to ask, never overwrites the scores of the whole."""
+    parts = [split, args.mode, *(["reasoning"] if args.reasoning else []), *sorted(set(args.exams or ()))]
+    parts += [f"{name}{number}" for name, number in (("shots", args.shots), ("limit", args.limit)) if number]
+    parts += [f"rotations{args.rotations}"] if args.rotations > 1 else []
+    return "-".join(parts + (["checkpoints"] if args.failed_questions else []))
 
 
 def count_look(paths: RunPaths, **what: Any) -> int:
@@ -56,11 +71,59 @@ def count_look(paths: RunPaths, **what: Any) -> int:
     return len(looks)
 
 
+# another file's answers ---------------------------------------------------------------------------------
+
+
+def digest(item: Mapping[str, Any]) -> str:
+    """What tells whether two files hold the same question in the same words."""
+    return records.digest_of([item["question"], prompts.options(item), item["answer"]])[:16]
+
+
+def earlier_answers(file: Path, items: Sequence[Mapping[str, Any]], asked: str) -> dict[str, Any]:
+    """An evaluation to compare with, from the answers (.jsonl) or the evaluation.json of another run.
+
+    Raises PipelineError where the file holds no answers, other items, or answers in another precision.
+    """
+    if not file.is_file():
+        raise PipelineError(f"--against {file}: no such file")
+    whole: dict[str, Any] = {"predictions": []}
+    if file.suffix == ".json":
+        read = records.read_json(file)
+        whole = read if isinstance(read, dict) and isinstance(read.get("predictions"), list) else whole
+    else:
+        whole["predictions"] = list(records.read_jsonl(file))
+    rows = whole["predictions"]
+    if not rows or any(not {"id", "gold", "predicted"} <= row.keys() for row in rows):
+        raise PipelineError(
+            f"--against {show(file)}: no answers there; give a .jsonl of {PROGRAM} or an evaluation.json"
+        )
+    theirs, ours = {row["id"]: row for row in rows}, {item["id"]: item for item in items}
+    other = theirs.keys() ^ ours.keys()
+    other |= {i for i in theirs.keys() & ours.keys() if theirs[i].get("item", digest(ours[i])) != digest(ours[i])}
+    other |= {i for i in theirs.keys() & ours.keys() if theirs[i]["gold"] != ours[i]["answer"]}
+    if other or len(theirs) != len(rows):
+        raise PipelineError(
+            f"--against {show(file)}: holds other items ({len(rows)} there, {len(items)} here, {len(other)} differ"
+            + (f", such as {min(other)}" if other else "")
+            + "); compare answers to the same split, --exams and --limit"
+        )
+    was = whole.get("precision", rows[0].get("precision", asked))
+    if was != asked:
+        raise PipelineError(f"--against {show(file)}: scored in {was}, and this call in {asked}; add --precision {was}")
+    protocol = whole.get("protocol", rows[0].get("protocol"))
+    correct = sum(row["predicted"] == row["gold"] for row in rows)
+    return {"which": show(file), "protocol": protocol, "predictions": rows, "mcq": {"accuracy": correct / len(rows)}}
+
+
+# what is shown ------------------------------------------------------------------------------------------
+
+
 def rows(results: dict[str, dict[str, Any]]) -> list[list[str]]:
     """One row a model: accuracy with interval, baseline, unparsed, McNemar against the first, then each exam."""
     result = []
     for name, found in results.items():
-        score, change = found["mcq"], found.get("against_first")
+        score, change = found["mcq"], found.get("against_file", found.get("against_first"))
+        refused = f" ({score['refused']} refused)" if score["refused"] else ""
         result.append(
             [
                 name,
@@ -68,7 +131,7 @@ def rows(results: dict[str, dict[str, Any]]) -> list[list[str]]:
                 f"{score['accuracy']:.1%} ({score['lower']:.1%} to {score['upper']:.1%})",
                 f"{score['majority_accuracy']:.1%} ({score['majority_letter']})",
                 "within chance" if mcq.within_chance(score) else "above chance",
-                str(score["unparsed"]),
+                f"{score['unparsed']}{refused}",
                 f"{change['accuracy_change']:+.1%}, p {change['p']:.2g}" if change else "",
                 *(f"{exam['accuracy']:.1%}" for exam in score["exams"].values()),
             ]
@@ -76,28 +139,130 @@ def rows(results: dict[str, dict[str, Any]]) -> list[list[str]]:
     return result
 
 
-def histogram(score: dict[str, Any]) -> str:
-    """The predicted letters beside the gold ones, and the alarm."""
+def details(found: dict[str, Any]) -> list[str]:
+    """Lines below the table's row: letters, what has no letter, rotations, reasoning, clean items."""
+    score = found["mcq"]
     letters = " ".join(f"{k} {score['predicted'][k]}/{score['gold'].get(k, 0)}" for k in score["predicted"])
     alarm = f"; more than {mcq.ALARM_SHARE:.0%} of the answers are {score['alarm']}" if score["alarm"] else ""
-    return f"predicted/gold {letters}{alarm}"
+    lines = [f"predicted/gold {letters}{alarm}"]
+    if score["unparsed"]:
+        why = ", ".join(f"{number} {reason}" for reason, number in score["unparsed_reasons"].items())
+        parsed = "none" if score["accuracy_parsed"] is None else f"{score['accuracy_parsed']:.1%}"
+        lines.append(f"without a letter, counted as wrong: {why}; right among the others: {parsed}")
+    if turned := found.get("rotations"):
+        lines.append(
+            f"{turned['n']} rotations: mean {turned['mean_accuracy']:.1%}, vote {turned['vote_accuracy']:.1%} "
+            f"({turned['vote_lower']:.1%} to {turned['vote_upper']:.1%}), the same option in all "
+            f"{turned['consistency']:.1%}"
+        )
+    if reasoned := found.get("reasoning"):
+        lines.append(f"reasoning: format {reasoned['format']:.2f}, with the answer {reasoned['combined']:.2f}")
+    if found.get("cut_off"):
+        lines.append(f"{cli.count(found['cut_off'], 'answer')} cut off at --max-new-tokens {found['max_new_tokens']}")
+    if limit := found.get("limit"):
+        lines.append(
+            f"{limit['n']} of {limit['of']} items: the interval is ±{100 * limit['half_width']:.1f} points, "
+            f"all items would give ±{100 * limit['half_width_of_all']:.1f}"
+        )
+    parts = found["contamination"]
+    if parts["touched"]:
+        shares = ", ".join(
+            f"{name} {part['accuracy']:.1%} of {part['n']}" for name, part in parts.items() if part is not None
+        )
+        lines.append(f"items that stand in the training text apart: {shares}")
+    return lines
+
+
+# scoring ------------------------------------------------------------------------------------------------
 
 
 def make_parser() -> argparse.ArgumentParser:
     parser = cli.make_parser(__doc__, device=True, force=False)
     parser.add_argument(
-        "--models", nargs="+", metavar="M", help="base extended 00 01 merged 02, or folders (default: all there are)"
-    )
+        "--models", nargs="+", metavar="M",
+        help="base extended 00 01 merged 02, folders, or hub ids (default: all there are)",
+    )  # fmt: skip
     parser.add_argument("--final", action="store_true", help="open the test split; the look is counted")
-    parser.add_argument("--mode", choices=("letter", "generate"), default="letter")
+    parser.add_argument("--mode", choices=("letter", "generate", "harness"), default="letter")
     parser.add_argument("--exams", nargs="+", metavar="E", help="only these exams: doctor nurse pharm dentist")
     parser.add_argument("--limit", type=cli.positive_int, metavar="N", help="only N items, drawn by a fixed seed")
     parser.add_argument(
-        "--max-new-tokens", type=cli.positive_int, default=ANSWER_TOKENS, metavar="N",
-        help=f"longest answer in generate mode (default: {ANSWER_TOKENS})",
+        "--rotations", type=int, choices=range(1, 6), default=1, metavar="N",
+        help="ask every item N times, its options rotated (1 to 5; default: 1)",
+    )  # fmt: skip
+    parser.add_argument("--reasoning", action="store_true", help="generate mode: ask for reasoning first")
+    parser.add_argument(
+        "--max-new-tokens", type=cli.positive_int, metavar="N",
+        help=f"longest answer in generate mode (default: {ANSWER_TOKENS}; with --reasoning {REASONING_TOKENS})",
+    )  # fmt: skip
+    parser.add_argument(
+        "--shots", type=cli.positive_int, default=0, metavar="N", help="harness mode: official shots (default: none)"
+    )
+    parser.add_argument("--against", metavar="FILE", help="compare with a file of answers instead of the first model")
+    parser.add_argument(
+        "--failed-questions", action="store_true",
+        help="score the kept checkpoints of one training (default: the last) and list what fails most often; dev only",
     )  # fmt: skip
     parser.add_argument("--precision", choices=("auto", "8bit", "nf4", "bf16", "fp32"), default="auto")
     return parser
+
+
+def require_options(args: argparse.Namespace) -> None:
+    """Raise PipelineError for options that do not go together, and for a harness that is not there."""
+    wrong = [
+        ("--reasoning goes with --mode generate", args.reasoning and args.mode != "generate"),
+        ("--max-new-tokens goes with --mode generate", args.max_new_tokens and args.mode != "generate"),
+        ("--shots goes with --mode harness", args.shots and args.mode != "harness"),
+        ("--rotations goes with --mode letter or generate", args.rotations > 1 and args.mode == "harness"),
+        ("--failed-questions looks at dev alone; leave out --final", args.failed_questions and args.final),
+    ]
+    if problems := [text for text, is_wrong in wrong if is_wrong]:
+        raise PipelineError("; ".join(problems))
+    if args.mode == "harness":
+        harness.require()
+
+
+def answers(
+    model: Any,
+    tokenizer: Any,
+    items: Sequence[dict[str, Any]],
+    args: argparse.Namespace,
+    profile: ModelProfile,
+    tick: Ticker,
+    tasks: tuple[Path, list[str]] | None,
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """The rows of all items in the mode of the call, and what the mode adds to the result."""
+    if tasks is not None:
+        folder, names = tasks
+        found, official = harness.score(
+            model, tokenizer, folder, names, items, shots=args.shots, batch=profile.score_batch
+        )
+        return found, {"harness": official}
+    if args.mode == "letter":
+        answer = functools.partial(evaluation.score_letters, model, tokenizer, batch=profile.score_batch, tick=tick)
+    else:
+        most = args.max_new_tokens or (REASONING_TOKENS if args.reasoning else ANSWER_TOKENS)
+        answer = functools.partial(
+            evaluation.generate_letters, model, tokenizer,
+            batch=profile.score_batch, most=most, tick=tick, reasoning=args.reasoning,
+        )  # fmt: skip
+    more: dict[str, Any] = {}
+    if args.rotations > 1:
+        found, more["rotations"] = evaluation.rotate(answer, items, args.rotations)
+    else:
+        found = answer(items)
+    if args.mode == "generate":
+        more |= {"max_new_tokens": most, "cut_off": sum(not row["ended"] for row in found)}
+    if args.reasoning:
+        more["reasoning"] = {name: sum(row[name] for row in found) / len(found) for name in ("format", "combined")}
+    return found, more
+
+
+def interval_of_limit(score: Mapping[str, Any], of: int) -> dict[str, Any]:
+    """What scoring a part costs: half of the interval's width in accuracy, and what all items would have."""
+    lower, upper = wilson(round(score["accuracy"] * of), of)
+    half = (score["upper"] - score["lower"]) / 2
+    return {"n": score["n"], "of": of, "half_width": half, "half_width_of_all": (upper - lower) / 2}
 
 
 def score(
@@ -106,48 +271,57 @@ def score(
     paths: RunPaths,
     candidates: list[evaluation.Candidate],
     items: list[dict[str, Any]],
+    of: int,
     split: str,
+    asked: str,
+    first: dict[str, Any] | None,
+    touched: Sequence[str],
 ) -> dict[str, dict[str, Any]]:
-    """Score every model of the call and write its answers; returns the results without them."""
+    """Score every model of the call and write its answers; returns the results with them.
+
+    of: how many items there are without --limit. first: what --against gave. touched: items in the training text.
+    """
     from medgemma_korean import modeling
 
     modeling.set_up_torch(SEED)
-    asked = precision.chosen(paths.raw_lora_added / "base", profile) if args.precision == "auto" else args.precision
-    name = label(split, args.mode, args.exams, args.limit)
-    first: dict[str, Any] | None = None
+    name, given = label(split, args), first is not None
+    tasks = None
+    if args.mode == "harness":
+        folder = validation_folder(paths) / f"{name}-tasks"
+        shots = harness.shots_of(paths) if args.shots else []
+        tasks = folder, harness.write_tasks(folder, items, shots, args.shots)
     results = {}
     for candidate, model, tokenizer in evaluation.loaded(candidates, profile, modeling.pick_device(args.device), asked):
-        minute = cli.Every(60)
-
-        def tick(done: int, total: int, which: str = candidate.name, minute: cli.Every = minute) -> None:
-            if minute():
-                log.info("%s: %d of %d", which, done, total)
-
-        if args.mode == "letter":
-            predictions = evaluation.score_letters(model, tokenizer, items, profile.score_batch, tick)
-        else:
-            predictions = evaluation.generate_letters(
-                model, tokenizer, items, profile.score_batch, args.max_new_tokens, tick
-            )
+        with Ticker(candidate.name) as tick:
+            predictions, more = answers(model, tokenizer, items, args, profile, tick, tasks)
         del model  # room for the next
-        assert len(predictions) == len(items), "items were lost"
+        assert [row["id"] for row in predictions] == [item["id"] for item in items], "items were lost"
         result = {
             "which": candidate.name,
             "model": show(candidate.adapter or candidate.base),
             "precision": asked,
-            "protocol": args.mode,
+            "protocol": "-".join([args.mode, *(["reasoning"] if args.reasoning else [])]),
             "split": split,
             "items": records.digest_of([[item["id"], item["question"]] for item in items]),
             "mcq": mcq.score(predictions),
+            **more,
+            "contamination": contamination.accuracies(predictions, touched),
         }
+        if args.limit:
+            result["limit"] = interval_of_limit(result["mcq"], of)
+        kept = {key: result[key] for key in ("precision", "protocol")}
+        predictions = [{**row, "item": digest(item), **kept} for row, item in zip(predictions, items, strict=True)]
         whole = {**result, "predictions": predictions}
         if first is None:
             first = whole
+        elif given:
+            result["against_file"] = evaluation.compare_rows(first, whole) | {"protocol": first["protocol"]}
         else:
             result["against_first"] = evaluation.compare(first, whole)
         records.write_jsonl(validation_folder(paths) / f"{name}-{candidate.name}.jsonl", predictions)
-        log.info("%s: %s", candidate.name, histogram(result["mcq"]))
-        results[candidate.name] = result
+        for line in details(result):
+            log.info("%s: %s", candidate.name, line)
+        results[candidate.name] = {**result, "predictions": predictions}
     return results
 
 
@@ -155,36 +329,72 @@ def validation_folder(paths: RunPaths) -> Path:
     return paths.report / "validation"
 
 
+def write_failed(
+    paths: RunPaths,
+    results: dict[str, dict[str, Any]],
+    found: dict[str, tuple[evaluation.Candidate, int]],
+    items: Sequence[Mapping[str, Any]],
+) -> None:
+    """`failed_questions.json`: the looks, and the ten questions that fail most often over them."""
+    looks = [(step, results[name]["predictions"]) for name, (_, step) in found.items()]
+    failed = mcq.failed_questions(looks, items)
+    about = [
+        {"step": step, "adapter": show(candidate.adapter), "accuracy": results[name]["mcq"]["accuracy"]}
+        for name, (candidate, step) in found.items()
+    ]
+    file = paths.report / "failed_questions.json"
+    records.write_json(file, {"split": "dev", "items": len(items), "looks": about, "questions": failed})
+    lines = [
+        [entry["question_id"], f"{entry['fail_count']} of {len(looks)}", entry["expected"],
+         entry["last_predicted"] or "none", str(entry["last_failed_step"]), entry["question_preview"][:40]]
+        for entry in failed
+    ]  # fmt: skip
+    header = ["question", "failed", "expected", "said", "at step", "text"]
+    log.info("\n%s\n\nwritten to %s", cli.table(lines, header), show(file))
+
+
 def main(argv: list[str] | None = None) -> int:
     args = make_parser().parse_args(argv)
     profile, paths = cli.resolve(args)
     cli.start_logging(paths, PROGRAM)
+    require_options(args)
     evaluation.require_held_out(paths)
-    # Wrong names are found before the look, so that a slip costs none.
-    candidates = evaluation.candidates(paths, args.models)
+    # Wrong names and files are found before the look, so that a slip costs none.
+    checkpoints = evaluation.checkpoints_of(paths, args.models) if args.failed_questions else {}
+    candidates = [found for found, _ in checkpoints.values()] or evaluation.candidates(paths, args.models)
     split = "test" if args.final else "dev"
-    items = chosen_items(mcq.read_items(paths.mcq / f"{split}.jsonl", also=("id", "exam")), args.exams, args.limit)
+    whole = mcq.read_items(paths.mcq / f"{split}.jsonl", also=("id", "exam"))
+    items = chosen_items(whole, args.exams, args.limit)
     if not items:
         raise PipelineError(f"{show(paths.mcq / f'{split}.jsonl')}: no questions; nothing could be scored")
+    asked = precision.chosen(paths.raw_lora_added / "base", profile) if args.precision == "auto" else args.precision
+    first = earlier_answers(Path(args.against).expanduser(), items, asked) if args.against else None
+    known = contamination.ledger(paths, split, whole, built=profile.tiny is not None)
     looks = None
     if args.final:
         names = [candidate.name for candidate in candidates]
         looks = count_look(paths, program=PROGRAM, models=names, mode=args.mode, exams=args.exams, limit=args.limit)
         log.warning("look %d at the test split of run %s", looks, paths.name)
 
-    results = score(args, profile, paths, candidates, items, split)
+    of = len(chosen_items(whole, args.exams, None))
+    results = score(args, profile, paths, candidates, items, of, split, asked, first, known["touched"])
     summary = {
         "split": split,
         "mode": args.mode,
         "exams": args.exams,
         "limit": args.limit,
         "test_looks": looks,
-        "models": results,
+        "against": args.against,
+        "contamination": {key: known[key] for key in ("checked", "sources", "touched")},
+        "models": {name: {k: v for k, v in found.items() if k != "predictions"} for name, found in results.items()},
     }
-    file = validation_folder(paths) / f"{label(split, args.mode, args.exams, args.limit)}.json"
+    file = validation_folder(paths) / f"{label(split, args)}.json"
     records.write_json(file, summary)
+    if args.failed_questions:
+        write_failed(paths, results, checkpoints, items)
     exams = list(next(iter(results.values()))["mcq"]["exams"])
-    header = ["model", "right", "accuracy (95 % interval)", "majority", "", "unparsed", "against first", *exams]
+    against = "against the file" if first else "against first"
+    header = ["model", "right", "accuracy (95 % interval)", "majority", "", "unparsed", against, *exams]
     log.info("\n%s\n", cli.table(rows(results), header))
     part = f", {len(items)} drawn items" if args.limit else ""
     log.info("%s split, %s mode%s; written to %s", split, args.mode, part, show(file))

@@ -21,6 +21,7 @@ from medgemma_korean import cli, evaluation, precision, records
 from medgemma_korean import tokenizer as tokenizers
 from medgemma_korean.cli import PipelineError, log
 from medgemma_korean.paths import show
+from medgemma_korean.ticker import Ticker
 
 OUTPUT = "validation_plain_text.json"
 
@@ -30,9 +31,14 @@ def perplexity(bits_per_character: float, tokens_per_character: float) -> float:
     return 2 ** (bits_per_character / tokens_per_character)
 
 
-def measured(model: Any, tokenizer: Any, texts: dict[str, list[str]], window: int, batch: int) -> dict[str, Any]:
+def measured(
+    model: Any, tokenizer: Any, texts: dict[str, list[str]], window: int, batch: int, which: str = "model"
+) -> dict[str, Any]:
     """Bits and tokens per character and perplexity by language. Raises PipelineError for a value that is not finite."""
-    bits = {name: evaluation.bits_per_character(model, tokenizer, text, window, batch) for name, text in texts.items()}
+    bits = {}
+    for name, text in texts.items():
+        with Ticker(f"{which}, {name}") as tick:
+            bits[name] = evaluation.bits_per_character(model, tokenizer, text, window, batch, tick)
     if not all(map(math.isfinite, bits.values())):
         raise PipelineError(f"bits per character are not finite ({bits}); the model is broken")
     tokens = {name: tokenizers.tokens_per_character(tokenizer, text) for name, text in texts.items()}
@@ -57,7 +63,7 @@ def rows(models: dict[str, dict[str, Any]]) -> list[list[str]]:
 def make_parser() -> argparse.ArgumentParser:
     parser = cli.make_parser(__doc__, device=True, force=False)
     parser.add_argument(
-        "--models", nargs="+", metavar="M", help="base extended 00 01 merged 02, or folders (default: all there are)"
+        "--models", nargs="+", metavar="M", help="base extended 00 01 merged 02, folders, or hub ids (default: all)"
     )
     parser.add_argument("--precision", choices=("auto", "8bit", "nf4", "bf16", "fp32"), default="auto")
     return parser
@@ -78,7 +84,9 @@ def main(argv: list[str] | None = None) -> int:
     models = {}
     for candidate, model, tokenizer in evaluation.loaded(candidates, profile, modeling.pick_device(args.device), asked):
         log.info("%s: %s", candidate.name, show(candidate.adapter or candidate.base))
-        models[candidate.name] = measured(model, tokenizer, texts, profile.score_window, profile.score_batch)
+        models[candidate.name] = measured(
+            model, tokenizer, texts, profile.score_window, profile.score_batch, candidate.name
+        )
         del model  # room for the next
 
     result = {

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import gc
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from medgemma_korean import chain, mcq, modeling, prompts, records, statistics
+from medgemma_korean import base_model, chain, mcq, modeling, prompts, records, statistics
 from medgemma_korean import tokenizer as tokenizers
 from medgemma_korean.cli import PipelineError
 from medgemma_korean.paths import RunPaths, show
@@ -88,10 +89,10 @@ class Candidate:
 
 
 def candidates(paths: RunPaths, wanted: Sequence[str] | None = None) -> list[Candidate]:
-    """The models of those names (base, extended, 00, 01, merged, 02) or folders; by default all of the run's.
+    """The models of those names (base, extended, 00, 01, merged, 02), folders or hub ids; by default all of the run's.
 
-    A folder is a trained one, an adapter inside one, one with base/ and adapter/, or a base. Raises PipelineError
-    naming every model that is not there.
+    A folder is a trained one, an adapter inside one, one with base/ and adapter/, or a base. A hub id is fetched where
+    it is not here. Raises PipelineError naming every model that is not there.
     """
     named = {
         "base": paths.raw_model,
@@ -108,6 +109,8 @@ def candidates(paths: RunPaths, wanted: Sequence[str] | None = None) -> list[Can
         if wanted is None and read_record(folder / RECORD_NAME) is None:
             continue
         try:
+            if name not in named and not folder.exists() and base_model.is_hub_id(name):
+                folder = base_model.of_hub(paths, name)
             candidate = _candidate(paths, name if name in named else _name_of(paths, folder), folder)
             found[candidate.name] = candidate
         except PipelineError as error:
@@ -121,8 +124,14 @@ def candidates(paths: RunPaths, wanted: Sequence[str] | None = None) -> list[Can
 
 def _candidate(paths: RunPaths, name: str, folder: Path) -> Candidate:
     if (folder / "config.json").is_file():
+        base_model.require_folder(folder)
         return Candidate(name, folder, None)
     if (folder / "adapter_config.json").is_file():
+        if read_record(folder.parent / RECORD_NAME) is None:
+            raise PipelineError(
+                f"{show(folder)}: an adapter without its base: the record of the folder that it was trained in "
+                f"({show(folder.parent / RECORD_NAME)}), which names the base, is missing"
+            )
         return Candidate(name, chain.of_folder(paths, folder.parent).base, folder)
     link = chain.of_folder(paths, folder)
     return Candidate(name, link.base, link.adapter)
@@ -131,6 +140,34 @@ def _candidate(paths: RunPaths, name: str, folder: Path) -> Candidate:
 def _name_of(paths: RunPaths, folder: Path) -> str:
     inside = folder.relative_to(paths.models).parts if folder.is_relative_to(paths.models) else (folder.name,)
     return "-".join(inside)
+
+
+def checkpoints_of(paths: RunPaths, wanted: Sequence[str] | None = None) -> dict[str, tuple[Candidate, int]]:
+    """Every adapter that a training has kept, with its step, in the order of the steps; of the last one by default.
+
+    wanted: trained folders, or the names of the run's (00, 01, 02). Adapters are `checkpoint-N` and `final`, which is
+    the best of them. Raises PipelineError where there is none.
+    """
+    trained = {"02": paths.trained_02, "loop": paths.loop, "01": paths.trained_01, "00": paths.trained_00}
+    present = [name for name, folder in trained.items() if read_record(folder / RECORD_NAME) is not None]
+    if not (names := wanted or present[:1]):
+        raise PipelineError(
+            f"run {paths.name} has trained nothing yet; run: ./run_full_pipeline.sh --model {paths.model}"
+        )
+    found: dict[str, tuple[Candidate, int]] = {}
+    for name in names:
+        folder = trained.get(name, Path(name).expanduser().resolve())
+        if not (folder / "training_info.json").is_file():
+            raise PipelineError(f"--models {name}: not the folder of a training, which has checkpoints")
+        base, label = chain.of_folder(paths, folder).base, name if name in trained else _name_of(paths, folder)
+        steps = {int(p.name.split("-")[1]): p for p in folder.glob("checkpoint-*") if (p / _ADAPTER).is_file()}
+        steps.setdefault(records.read_json(folder / "training_info.json")["best_step"], folder / "final")
+        for step, adapter in sorted(steps.items()):
+            found[f"{label}-step{step}"] = (Candidate(f"{label}-step{step}", base, adapter), step)
+    return found
+
+
+_ADAPTER = "adapter_model.safetensors"
 
 
 def loaded(
@@ -241,15 +278,18 @@ def generate_letters(
     batch: int,
     most: int,
     tick: Callable[[int, int], None] | None = None,
+    reasoning: bool = False,
 ) -> list[dict[str, Any]]:
     """Let the model answer each item greedily, at most `most` tokens, and extract the letter (`mcq.extract_answer`).
 
-    The same prompts, batches and order as `score_letters`; rows hold "output" (special tokens kept, so that the
-    extractor sees where the turn ends) in place of "log_probs".
+    The same batches and order as `score_letters`, and without `reasoning` the same prompts; rows hold "output" (special
+    tokens kept, so that the extractor sees where the turn ends) and "ended" (whether it did, within `most` tokens) in
+    place of "log_probs". reasoning: the prompt asks for it; rows also hold "format" and "combined" (`mcq`).
     """
     import torch
 
-    encoded = [prompts.render(tokenizer, prompts.mcq_direct(item))[0] for item in items]
+    ask = prompts.mcq_reasoning if reasoning else prompts.mcq_direct
+    encoded = [prompts.render(tokenizer, ask(item))[0] for item in items]
     order = sorted(range(len(items)), key=lambda i: (len(encoded[i]), i))
     device = next(model.parameters()).device
     ends = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(tokenizers.END_OF_TURN)]
@@ -278,10 +318,36 @@ def generate_letters(
                     "predicted": extraction.letter,
                     "reason": extraction.reason,
                     "output": output,
+                    "ended": bool(answer) and answer[-1] in ends,
                 }
+                if reasoning:
+                    results[i]["format"] = mcq.format_score(output)
+                    results[i]["combined"] = mcq.combined_score(output, items[i]["answer"], items[i])
             if tick:
                 tick(start + len(chosen), len(order))
     return [results[i] for i in range(len(items))]
+
+
+Answers = Callable[[Sequence[Mapping[str, Any]]], list[dict[str, Any]]]
+
+
+def rotate(answer: Answers, items: Sequence[Mapping[str, Any]], number: int) -> tuple[list[dict[str, Any]], dict]:
+    """Answer the items in `number` rotations of their options.
+
+    answer: `score_letters` or `generate_letters` of a model, as a function of the items. Returns the rows of the
+    unrotated items, each with "rotations" (the option chosen at each shift, under its own letter), and the scores
+    (`mcq.rotation_scores`) with "shown": how often each position was chosen over all rotations.
+    """
+    rows = answer(items)
+    chosen = [[row["predicted"]] for row in rows]
+    shown = Counter(row["predicted"] for row in rows)
+    for shift in range(1, number):
+        for item, options, row in zip(items, chosen, answer([mcq.rotated(item, shift) for item in items]), strict=True):
+            shown[row["predicted"]] += 1
+            options.append(mcq.chosen_option(item, row["predicted"], shift))
+    scores = mcq.rotation_scores([item["answer"] for item in items], chosen)
+    scores["shown"] = {letter: shown[letter] for letter in prompts.LETTERS}
+    return [{**row, "rotations": options} for row, options in zip(rows, chosen, strict=True)], scores
 
 
 # bits per character -------------------------------------------------------------------------------------
@@ -295,13 +361,20 @@ def _unwrapped(model: Any) -> Any:
 Piece = tuple[list[int], int]  # ids of a window, and the position of the first token to score
 
 
-def bits_per_character(model: Any, tokenizer: Any, texts: Sequence[str], window: int, batch: int) -> float:
+def bits_per_character(
+    model: Any,
+    tokenizer: Any,
+    texts: Sequence[str],
+    window: int,
+    batch: int,
+    tick: Callable[[int, int], None] | None = None,
+) -> float:
     """Negative log2-likelihood of the texts over their number of characters; comparable across tokenizers.
 
     A text longer than `window` tokens is scored by a sliding window with half a window of context; every token is
     scored once. Each window starts with `<bos>`, which is not counted.
     """
-    nats = sum(_window_losses(model, tokenizer, _windows(tokenizer, texts, window), batch))
+    nats = sum(_window_losses(model, tokenizer, _windows(tokenizer, texts, window), batch, tick))
     return nats / math.log(2) / sum(map(len, texts))
 
 
@@ -353,14 +426,22 @@ def _logits(model: Any, states: Any) -> Iterator[tuple[int, Any]]:
         yield at, head(states[at : at + 256]).float()
 
 
-def _window_losses(model: Any, tokenizer: Any, pieces: list[Piece], batch: int) -> list[float]:
+def _window_losses(
+    model: Any,
+    tokenizer: Any,
+    pieces: list[Piece],
+    batch: int,
+    tick: Callable[[int, int], None] | None = None,
+) -> list[float]:
     """Summed negative log-likelihood (nats) of each window's scored part."""
     from torch.nn.functional import cross_entropy
 
     losses = [0.0] * len(pieces)
-    for i, states, gold in _scored_states(model, tokenizer, pieces, batch):
+    for done, (i, states, gold) in enumerate(_scored_states(model, tokenizer, pieces, batch), 1):
         for at, logits in _logits(model, states):
             losses[i] += cross_entropy(logits, gold[at : at + 256], reduction="sum").item()
+        if tick:
+            tick(done, len(pieces))
     return losses
 
 
@@ -428,6 +509,11 @@ def compare(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, An
     for key, what in (("items", "other items"), ("precision", "another precision"), ("protocol", "another protocol")):
         if before[key] != after[key]:
             raise PipelineError(f"{before['which']} and {after['which']} were scored with {what}; score both again")
+    return compare_rows(before, after)
+
+
+def compare_rows(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any]:
+    """`compare` without its questions, for answers whose items and precision were compared one by one."""
     b, c = statistics.discordant(_correct(before), _correct(after))
     return {
         "before": before["which"],

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from medgemma_korean import records
 from medgemma_korean.cli import PipelineError
 from medgemma_korean.paths import show
-from medgemma_korean.prompts import LETTERS, letters_of
+from medgemma_korean.prompts import LETTERS, letters_of, shuffled
 from medgemma_korean.statistics import majority_baseline, wilson
 
 # reading ------------------------------------------------------------------------------------------------
@@ -110,10 +110,15 @@ def read_raw_item(
 def read_items(file: Path, also: Sequence[str] = ()) -> list[dict[str, Any]]:
     """The refined items of a split, in order. also: further keys that must hold text.
 
-    Raises PipelineError for a row that is no item, as in a file of another stage, or whose answer is no option of it.
+    Raises PipelineError for a row that is no item, as in a file of another stage, that lacks an option before its last
+    one, or whose answer is no option of it.
     """
     items = list(records.read_jsonl(file, needs=(*ITEM_KEYS, *also)))
     for number, item in enumerate(items, 1):
+        letters = letters_of(item)
+        if letters not in (LETTERS, LETTERS[:-1]):
+            lacking = ", ".join(letter for letter in LETTERS[:-1] if letter not in letters)
+            raise PipelineError(f"{show(file)}, row {number}: option {lacking} is empty")
         if item["answer"] not in tuple(letters_of(item)):
             raise PipelineError(f"{show(file)}, row {number}: answer {item['answer']!r} is none of {letters_of(item)}")
     return items
@@ -164,7 +169,7 @@ class Extraction(NamedTuple):
 MARKED, BARE, WITH_TEXT = "marked answer", "bare letter", "letter with option text"
 EMPTY, UNCLOSED, NOT_OPTION = "empty", "reasoning not closed", "not an option"
 AMBIGUOUS, OPTION_LIST, OPTION_TEXT = "two answers or a denied one", "list of options", "option text only"
-NOT_FOUND = "no answer found"
+NOT_FOUND, REFUSED = "no answer found", "refused"
 
 _END = re.compile(r"<end_of_turn>|<eos>|<start_of_turn>")
 _OPENING_TAG = re.compile(r"<reasoning>|<R>", re.IGNORECASE)
@@ -212,6 +217,14 @@ _BARE = re.compile(rf"""번?["')\]]{{0,3}}\s?{_STATED}?\s?[.):!]?""")
 _SEPARATED = re.compile(r"""번?["'\]]{0,2}\s?[.):]\s*(.+)""")
 _DENIED_TEXT = re.compile(r"정답이? 아[니닌닙님]|오답|틀[리린립림렸]")
 _STARTS_HANGUL = re.compile(rf"""["'“‘(\[<]{{0,2}}[{_HANGUL}]""")
+# Only asked of an output without an answer, to count it apart from one that is merely unreadable.
+_REFUSAL = re.compile(
+    r"죄송|모르겠|(?:답변?|대답|결정|제공|판단)(?:을|를|은)? ?(?:할|드릴|내릴|해 드릴) 수 없"
+    r"|정답을? 알 수 없|알 수 없(?:습니다|어요|다)"
+    r"|(?:cannot|can['’]t|unable to|not able to|won['’]t) (?:answer|provide|determine|give|help|assist)"
+    r"|don['’]t know|i['’]m sorry|i am sorry",
+    re.IGNORECASE,
+)
 
 
 def extract_answer(output: str, item: Mapping[str, Any] | None = None, letters: str = LETTERS) -> Extraction:
@@ -230,7 +243,8 @@ def extract_answer(output: str, item: Mapping[str, Any] | None = None, letters: 
         return Extraction(None, EMPTY)
     options = _plain_options(item)
     letters = "".join(options) or letters
-    return _marked_answer(text, options, letters) or _first_line_answer(text, options, letters)
+    found = _marked_answer(text, options, letters) or _first_line_answer(text, options, letters)
+    return Extraction(None, REFUSED) if found.reason == NOT_FOUND and _REFUSAL.search(text[:_REACH]) else found
 
 
 def stated_answer(text: str, item: Mapping[str, Any]) -> Extraction | None:
@@ -399,9 +413,9 @@ def score(predictions: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
     Returns n (all rows), correct, accuracy, lower, upper (Wilson 95 %), majority_letter, majority_accuracy (of
     always answering the commonest gold letter), predicted and gold (counts by letter), accuracy_by_gold, unparsed
-    and unparsed_reasons (rows without a letter: they count as wrong), accuracy_parsed (None when no row has a
-    letter), alarm (the letter that more than 40 % of the predicted letters are, or None), and exams: the same by
-    exam. Raises ValueError when there are no rows.
+    and unparsed_reasons (rows without a letter: they count as wrong), refused (those of the unparsed that decline to
+    answer), accuracy_parsed (None when no row has a letter), alarm (the letter that more than 40 % of the predicted
+    letters are, or None), and exams: the same by exam. Raises ValueError when there are no rows.
     """
     exams: dict[str, list[Mapping[str, Any]]] = {}
     for row in predictions:
@@ -430,6 +444,7 @@ def _score(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "accuracy_by_gold": {known: hits[known] / count for known, count in sorted(gold.items())},
         "unparsed": n - parsed,
         "unparsed_reasons": dict(reasons.most_common()),
+        "refused": reasons[REFUSED],
         "accuracy_parsed": correct / parsed if parsed else None,
         "alarm": next((known for known, count in predicted.most_common(1) if count > ALARM_SHARE * parsed), None),
     }
@@ -445,6 +460,84 @@ def within_chance(score: Mapping[str, Any]) -> bool:
     That is when its Wilson interval holds the majority baseline or lies below it.
     """
     return score["lower"] <= score["majority_accuracy"]
+
+
+# rotated options ----------------------------------------------------------------------------------------
+
+
+def rotated(item: Mapping[str, Any], shift: int) -> dict[str, Any]:
+    """The item with its options rotated: position j shows option (j + shift) mod n. The answer follows its option."""
+    n = len(letters_of(item))
+    bare = {key: value for key, value in item.items() if key != "reasoning"}
+    return shuffled(bare, [(j + shift) % n for j in range(n)])
+
+
+def chosen_option(item: Mapping[str, Any], letter: str | None, shift: int) -> str | None:
+    """The letter that the unrotated item has for the option that `rotated(item, shift)` shows under `letter`."""
+    letters = letters_of(item)
+    return None if letter is None else letters[(letters.index(letter) + shift) % len(letters)]
+
+
+def rotation_scores(golds: Sequence[str], chosen: Sequence[Sequence[str | None]]) -> dict[str, Any]:
+    """Scores over rotations of the options: chosen[i][s] is the option (`chosen_option`) of item i at shift s.
+
+    Returns n (rotations), accuracies (by shift), mean_accuracy, consistency (share of items whose option, not letter,
+    is the same at every shift; one without an answer is not consistent), vote_accuracy with lower and upper (Wilson
+    95 %), and unparsed. The vote is for the commonest option, of equals for the one that came first.
+    """
+    n, items = len(chosen[0]), len(golds)
+    rights = [[option == gold for option in options] for gold, options in zip(golds, chosen, strict=True)]
+    votes = [vote(options) for options in chosen]
+    right = sum(option == gold for gold, option in zip(golds, votes, strict=True))
+    lower, upper = wilson(right, items)
+    accuracies = [sum(row[shift] for row in rights) / items for shift in range(n)]
+    return {
+        "n": n,
+        "accuracies": accuracies,
+        "mean_accuracy": sum(map(sum, rights)) / (n * items),
+        "consistency": sum(options[0] is not None and len(set(options)) == 1 for options in chosen) / items,
+        "vote_correct": right,
+        "vote_accuracy": right / items,
+        "vote_lower": lower,
+        "vote_upper": upper,
+        "unparsed": sum(option is None for options in chosen for option in options),
+    }
+
+
+def vote(options: Sequence[str | None]) -> str | None:
+    """The commonest of the options, of equals the first; None where there is no option at all."""
+    found = Counter(option for option in options if option is not None)
+    return found.most_common(1)[0][0] if found else None  # most_common keeps the order of equals
+
+
+# questions that keep failing ----------------------------------------------------------------------------
+
+PREVIEW = 80  # characters
+
+
+def failed_questions(
+    looks: Sequence[tuple[int, Sequence[Mapping[str, Any]]]], items: Sequence[Mapping[str, Any]], most: int = 10
+) -> list[dict[str, Any]]:
+    """The questions that fail most often over the looks (step, predictions) at one training, in the order of steps.
+
+    Returns at most `most` of {"question_id", "fail_count", "expected", "last_predicted" (None: no letter),
+    "question_preview", "last_failed_step"}: most failures first, of equals the one that failed last, then by id. Both
+    of the "last" values are those of the last look at which the question failed.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    known = {item["id"]: item for item in items}
+    for step, predictions in looks:
+        for row in predictions:
+            if row["predicted"] == row["gold"]:
+                continue
+            entry = found.setdefault(row["id"], {"question_id": row["id"], "fail_count": 0, "expected": row["gold"]})
+            entry["fail_count"] += 1
+            entry["last_predicted"] = row["predicted"]
+            question = " ".join(known[row["id"]]["question"].split())
+            entry["question_preview"] = question if len(question) <= PREVIEW else f"{question[: PREVIEW - 1]}…"
+            entry["last_failed_step"] = step
+    order = sorted(found.values(), key=lambda e: (-e["fail_count"], -e["last_failed_step"], e["question_id"]))
+    return order[:most]
 
 
 # training-time scores -----------------------------------------------------------------------------------
@@ -480,10 +573,10 @@ def _words(text: str) -> int:
     return sum(any(character.isalnum() for character in word) for word in words)
 
 
-def combined_score(text: str, gold: str) -> float:
+def combined_score(text: str, gold: str, item: Mapping[str, Any] | None = None) -> float:
     """Answer and format in one number: 2/3 + f/3 when the extracted letter is `gold`, else f/4, f = `format_score`.
 
     An unparsed answer counts as wrong.
     """
     form = format_score(text)
-    return 2 / 3 + form / 3 if extract_answer(text).letter == gold else form / 4
+    return 2 / 3 + form / 3 if extract_answer(text, item).letter == gold else form / 4
