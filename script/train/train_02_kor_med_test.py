@@ -39,7 +39,8 @@ def epoch_rows(items: list[dict], epoch: int, context: trained.Context) -> list[
     rows = []
     for item in batches.sample(items, context.settings.max_rows, context.seed + epoch):
         order = list(range(len(prompts.letters_of(item))))
-        rng.shuffle(order)
+        if not getattr(context.args, "keep_option_order", False):
+            rng.shuffle(order)
         shuffled = prompts.shuffled(item, order)
         forms = [direct]
         if item.get("reasoning"):
@@ -92,7 +93,11 @@ def dictionary_rows(context: trained.Context) -> list[batches.Row]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = trained.make_parser(__doc__).parse_args(argv)
+    parser = trained.make_parser(__doc__)
+    parser.add_argument(
+        "--keep-option-order", action="store_true", help="never shuffle the options: to see whether a model can learn"
+    )
+    args = parser.parse_args(argv)
     return trained.run(
         args,
         program=PROGRAM,
@@ -101,6 +106,7 @@ def main(argv: list[str] | None = None) -> int:
         output=lambda paths: paths.trained_02,
         data=data,
         build=build,
+        choices={"keep_option_order": True} if args.keep_option_order else None,
     )
 
 
