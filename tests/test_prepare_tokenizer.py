@@ -106,7 +106,7 @@ def test_writes_a_tokenizer_with_its_verdict(program, paths, capsys):
     assert (folder / "tokenizer.model").is_file() and (folder / "chat_template.jinja").is_file()
     assert program.main(["--new-tokens", "100"]) == 0
     assert "already complete" in capsys.readouterr().out
-    with pytest.raises(PipelineError, match="min_count: 8 -> 50"):
+    with pytest.raises(PipelineError, match="min_count: 4 -> 50"):
         program.main(["--new-tokens", "100", "--min-count", "50"])
 
 
