@@ -389,6 +389,7 @@ def test_questions_that_are_trained_over_and_over_are_answered(finished, tmp_pat
     assert before <= 0.4 and after >= 0.9, (before, after)
 
 
+@pytest.mark.full
 def test_definitions_that_are_trained_over_and_over_are_recalled(finished, tmp_path, monkeypatch):
     from test_programs_more import load
 
