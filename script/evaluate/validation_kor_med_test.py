@@ -367,7 +367,7 @@ def main(argv: list[str] | None = None) -> int:
     items = chosen_items(whole, args.exams, args.limit)
     if not items:
         raise PipelineError(f"{show(paths.mcq / f'{split}.jsonl')}: no questions; nothing could be scored")
-    asked = precision.chosen(paths.raw_lora_added / "base", profile) if args.precision == "auto" else args.precision
+    asked = precision.of_run(args.precision, paths, profile)
     first = earlier_answers(Path(args.against).expanduser(), items, asked) if args.against else None
     known = contamination.ledger(paths, split, whole, built=profile.tiny is not None)
     looks = None

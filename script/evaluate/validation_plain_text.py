@@ -75,7 +75,7 @@ def main(argv: list[str] | None = None) -> int:
     cli.start_logging(paths, "validation_plain_text")
     evaluation.require_held_out(paths)
     candidates = evaluation.candidates(paths, args.models)
-    asked = precision.chosen(paths.raw_lora_added / "base", profile) if args.precision == "auto" else args.precision
+    asked = precision.of_run(args.precision, paths, profile)
 
     from medgemma_korean import modeling
 

@@ -496,6 +496,11 @@ def chosen(base: Path, profile: ModelProfile) -> str:
     return found["precision"] if found else profile.precision
 
 
+def of_run(asked: str, paths: RunPaths, profile: ModelProfile) -> str:
+    """The precision to score a run's models in: the asked one, or for "auto" what was chosen for the run's base."""
+    return chosen(paths.raw_lora_added / "base", profile) if asked == "auto" else asked
+
+
 def require_passing(base: Path, precision: str, paths: RunPaths | None = None) -> None:
     """Raise PipelineError unless a quantised precision has a stored passing probe for this base.
 

@@ -260,7 +260,7 @@ def _require_tracker(name: str | None) -> None:
 
 
 def _require_shards(wanted: bool, chosen: str) -> None:
-    if wanted and chosen not in ("bf16", "fp32"):
+    if wanted and chosen in memory.QUANTISED:
         raise PipelineError(f"--shard: weights in {chosen} cannot be divided; score and train with --precision bf16")
     if wanted and processes.count() == 1:
         raise PipelineError("--shard: one process has nobody to share with; use accelerate launch --num_processes N")
@@ -281,7 +281,7 @@ def _fitting(
     """
     rows = settings.micro_batch
     if processes.is_main():
-        dtype = str(modeling.compute_dtype(profile, modeling.pick_device(args.device))).removeprefix("torch.")
+        dtype = modeling.dtype_name(modeling.compute_dtype(profile, modeling.pick_device(args.device)))
         shards = processes.count() if args.shard else 1
         case = memory.case(profile, paths, settings, precision=chosen, dtype=dtype, second=second, shards=shards)
         available, where = memory.available_bytes(args.device)

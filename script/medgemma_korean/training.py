@@ -231,7 +231,7 @@ def _same_rows(plan: Plan, folder: Path, program: str) -> None:
     begun = records.read_json(file)
     if begun["processes"] != now["processes"]:
         raise PipelineError(
-            f"{program} was begun with {cli.count(begun['processes'], 'process').replace('processs', 'processes')}, "
+            f"{program} was begun with {begun['processes']} process{'es' if begun['processes'] > 1 else ''}, "
             f"and {now['processes']} run now; continue with as many, or add --force to start anew"
         )
     if begun != now:
@@ -587,7 +587,3 @@ def _line(entry: dict[str, Any]) -> str:
         for key, value in entry.items()
         if key != "step" and not isinstance(value, dict | list)
     )
-
-
-def _shortened(text: str, limit: int = 600) -> str:
-    return text if len(text) <= limit else f"{text[: limit // 2]}\n[…]\n{text[-limit // 2 :]}"

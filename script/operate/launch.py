@@ -12,6 +12,7 @@ one of them fails, the others, which wait for it, are ended.
 
 from __future__ import annotations
 
+import argparse
 import os
 import signal
 import socket
@@ -59,9 +60,9 @@ def wait(processes: list[subprocess.Popen]) -> int:
 
 
 def make_parser() -> cli.Parser:
-    parser = cli.Parser(description=__doc__, formatter_class=cli.argparse.RawDescriptionHelpFormatter)
+    parser = cli.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("number", type=cli.positive_int, help="how many processes")
-    parser.add_argument("command", nargs=cli.argparse.REMAINDER, help="a program and its options")
+    parser.add_argument("command", nargs=argparse.REMAINDER, help="a program and its options")
     return parser
 
 

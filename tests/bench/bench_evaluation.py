@@ -25,13 +25,14 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import os
 import statistics
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import used_memory  # beside this file
 
 from medgemma_korean import cli, evaluation, mcq, modeling, profiles, prompts
 from medgemma_korean import tokenizer as tokenizers
@@ -120,7 +121,7 @@ def memory(args: argparse.Namespace) -> dict[str, float]:
 
     kind = torch.device(args.device).type
     dtype = torch.bfloat16 if kind == "cuda" else torch.float32
-    before = _now(kind)
+    before = used_memory.now(kind)
     heads = max(1, args.hidden // 160)
     config = Gemma3TextConfig(
         vocab_size=args.rows,
@@ -137,14 +138,14 @@ def memory(args: argparse.Namespace) -> dict[str, float]:
         model = Gemma3ForCausalLM(config).to(dtype).eval().requires_grad_(False)
     model.config.use_cache = False
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    _forget_peak(kind)
+    used_memory.forget_peak(kind)
     generator = torch.Generator().manual_seed(1)
     lengths = [args.length - 7 * (i % 5) for i in range(2 * args.batch)]
     encoded = [torch.randint(3, args.rows, (n,), generator=generator).tolist() for n in lengths]
     items = [{"id": str(i), "answer": "A", **dict.fromkeys(prompts.LETTERS, "가")} for i in range(len(encoded))]
     found = _score(model, items, encoded, args.batch)
     assert len(found) == len(items) and all(row["predicted"] for row in found)
-    peak = _peak(kind) - before
+    peak = used_memory.peak(kind) - before
     logits = args.batch * args.length * args.rows * 4
     return {"weights": weights, "peak": peak, "times": peak / weights, "logits": logits, "rows": args.rows}
 
@@ -160,37 +161,6 @@ def _score(model: Any, items: list[dict[str, Any]], encoded: list[list[int]], ba
         return evaluation.score_letters(model, Rows(), asked, batch)
     finally:
         prompts.render, evaluation.letter_ids = real_render, real_ids
-
-
-def _now(kind: str) -> int:
-    if kind == "cuda":
-        import torch
-
-        return torch.cuda.memory_allocated()
-    return _status("VmRSS")
-
-
-def _forget_peak(kind: str) -> None:
-    if kind == "cuda":
-        import torch
-
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-    elif os.access("/proc/self/clear_refs", os.W_OK):
-        Path("/proc/self/clear_refs").write_text("5")
-
-
-def _peak(kind: str) -> int:
-    if kind == "cuda":
-        import torch
-
-        return torch.cuda.max_memory_allocated()
-    return _status("VmHWM")
-
-
-def _status(name: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
 
 
 # the program --------------------------------------------------------------------------------------------

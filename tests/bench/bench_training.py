@@ -45,6 +45,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import used_memory  # beside this file
+
 from medgemma_korean import batches, cli, memory, modeling, profiles, shapes, token_rows, training
 from medgemma_korean import tokenizer as tokenizers
 from medgemma_korean.memory import GB
@@ -262,7 +264,7 @@ def measure(
         if kind == "cuda":
             torch.cuda.synchronize()
 
-    _forget_peak(kind)
+    used_memory.forget_peak(kind)
     found: dict[str, Any] = {"loss": [], "grad_norm": [], "seconds": [], "cpu": []}
     for step in range(1 + args.steps):
         batch = micro_batches(step)
@@ -284,24 +286,13 @@ def measure(
     return {**found, "trainable": counts, **_peak(kind)}
 
 
-def _forget_peak(kind: str) -> None:
-    """Count the peak from here on: making the base may take more than a step."""
-    if kind == "cuda":
-        import torch
-
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-    elif os.access("/proc/self/clear_refs", os.W_OK):
-        Path("/proc/self/clear_refs").write_text("5")
-
-
 def _peak(kind: str) -> dict[str, int]:
+    found = {"peak": used_memory.peak(kind)}
     if kind == "cuda":
         import torch
 
-        return {"peak": torch.cuda.max_memory_allocated(), "reserved": torch.cuda.max_memory_reserved()}
-    status = Path("/proc/self/status").read_text().splitlines()
-    return {"peak": next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))}
+        found["reserved"] = torch.cuda.max_memory_reserved()
+    return found
 
 
 def machine(device: str) -> str:

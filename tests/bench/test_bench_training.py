@@ -23,7 +23,9 @@ LORA = 2 * 4 * ((32 + 32) + 2 * (32 + 16) + (32 + 32) + 3 * (32 + 64))
 def bench():
     spec = importlib.util.spec_from_file_location("bench_training", PROGRAM)
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(PROGRAM.parent)  # as Python does for a program
+        spec.loader.exec_module(module)
     return module
 
 
