@@ -9,7 +9,7 @@ from typing import Any
 
 import torch_fixtures as tf
 
-from medgemma_korean import mcq, records
+from medgemma_korean import mcq, records, report
 from medgemma_korean.paths import RunPaths
 from medgemma_korean.stage import RECORD_NAME
 
@@ -57,6 +57,7 @@ def record_of(name: str, number: int) -> dict[str, Any]:
         "micro_batch": 2,
         "processes": 1,
         "seconds": 203.7 + number,
+        "peak_memory": {"main": 1_234_000_000 + 10**7 * number, **({"gpu": 9_876_000_000} if name == "02" else {})},
     }
 
 
@@ -105,6 +106,11 @@ def whole_run(name: str | None = None) -> RunPaths:
         {"counts": {"kept": 1234, "dropped": {"short": [1, 2], "v1.5 %": 77, "none": 0}}},
     )
     records.write_json(found.tokenizer / "tokenizer_info.json", {"new_tokens": 1024})
+    failed = {"question_id": "q<7>", "fail_count": 2, "expected": "B", "last_predicted": None, "last_failed_step": 20}
+    questions = [failed | {"question_preview": "다음 중 <옳은> 것은?"}]
+    records.write_json(
+        found.trained_02 / report.FAILED, {"split": "dev", "looks": [10, 20, 45], "questions": questions}
+    )
     line = {"name": "use", "passed": True, "text": "96 % are used"}
     bits = {"korean": 6.1, "medical": 7.3, "english": 3.08}
     verdict = {
@@ -134,7 +140,11 @@ def whole_run(name: str | None = None) -> RunPaths:
         },
         "models": {
             "base": {"mcq": score, "contamination": {"clean": clean, "touched": None}},
-            "02": {"mcq": score, "against_first": {"p": 0.25}, "rotations": {"vote_accuracy": 0.456}},
+            "02": {
+                "mcq": score | {"refused": 4},
+                "against_first": {"p": 0.25},
+                "rotations": {"vote_accuracy": 0.456, "mean_accuracy": 0.412, "consistency": 0.387},
+            },
         },
     }
     records.write_json(found.report / "validation" / "test-letter.json", validation)

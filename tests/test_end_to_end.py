@@ -77,6 +77,11 @@ def test_every_stage_is_complete_in_the_progress_file(finished):
 def test_numbers_move_as_they_should(finished):
     root, _ = finished
     found = scores(root)
+    # The same prompts of every model, the untouched one first.
+    asked = [[sample["prompt"] for sample in e["samples"]] for e in found.values()]
+    assert len(asked[0]) == 3 and asked == [asked[0]] * len(found)
+    looks = records.read_json(root / "model" / "02_trained" / "tiny" / "training_info.json")["validation_history"]
+    assert all({"accuracy", "korean_bits", "english_bits", "forgetting"} <= look.keys() for look in looks)
     bits = {name: e["bits_per_character"] for name, e in found.items()}
     assert bits["00"]["korean"] <= 0.9 * bits["extended"]["korean"]
     assert bits["00"]["korean"] < bits["base"]["korean"]

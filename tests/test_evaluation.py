@@ -6,6 +6,7 @@ import math
 import random
 
 import pytest
+import torch
 import torch_fixtures as tf
 
 from medgemma_korean import base_model, evaluation, mcq, modeling, prompts, records
@@ -85,6 +86,19 @@ def test_a_look_at_dev():
     assert (look["correct"], look["total"], look["accuracy"]) == (right, 12, right / 12)
     assert look["loss"] == pytest.approx(-sum(row["log_probs"][row["gold"]] for row in rows) / 12)
     assert look["lower"] < look["accuracy"] < look["upper"]
+    assert look["wrong"] == {row["id"]: row["predicted"] for row in rows if row["predicted"] != row["gold"]}
+    assert len(look["wrong"]) == 12 - right > 0
+
+
+def test_a_pass_holds_what_the_device_is_busy_with(monkeypatch):
+    monkeypatch.setattr(evaluation, "PASS_TOKENS", {"cpu": 20, "cuda": 1000})
+    rows = [[0] * n for n in (9, 3, 30, 5, 6, 7, 10)]
+    cpu, card = torch.device("cpu"), torch.device("cuda")
+    # shortest first; 3 x 6 and 2 x 9 tokens fit into 20, with their padding; a row that is longer stands alone
+    assert list(evaluation._passes(rows, 4, cpu)) == [[1, 3, 4], [5, 0], [6], [2]]
+    assert list(evaluation._passes(rows, 2, cpu)) == [[1, 3], [4, 5], [0, 6], [2]]
+    assert list(evaluation._passes(rows, 4, card)) == [[1, 3, 4, 5], [0, 6, 2]]
+    assert list(evaluation._passes([], 4, cpu)) == []
 
 
 # models by name -----------------------------------------------------------------------------------------
@@ -204,6 +218,9 @@ def test_evaluate(paths):
         bits = evaluation.bits_per_character(scored, tf.tokenizer(), documents, 32, 4)
         assert found["bits_per_character"][name] == bits
     assert texts["korean"] == tf.texts(20, 2, tf.KOREAN)[: len(texts["korean"])]
+    asked = [sample["prompt"] for sample in found["samples"]]
+    assert asked == evaluation.sample_prompts(paths) and "고혈압" in asked[0] and tf.ITEMS[0]["question"] in asked[2]
+    assert [s["answer"] for s in found["samples"]] == [evaluation.generate(scored, tf.tokenizer(), p) for p in asked]
     line = evaluation.summary(found)
     assert f"dev {found['mcq']['accuracy']:.1%}" in line and f"{found['bits_per_character']['english']:.3f}" in line
 

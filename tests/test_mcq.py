@@ -662,10 +662,12 @@ def test_a_position_is_no_opinion():
 
 
 def test_failed_questions():
-    items = [{"id": f"q{i:02}", "question": f"질문 {i}\n" + "긴 " * (60 if i == 2 else 1)} for i in range(14)]
+    items = [
+        {"id": f"q{i:02}", "question": f"질문 {i}\n" + "긴 " * (60 if i == 2 else 1), "answer": "B"} for i in range(14)
+    ]
 
     def look(wrong):
-        return [{"id": item["id"], "gold": "B", "predicted": wrong.get(i, "B")} for i, item in enumerate(items)]
+        return {f"q{i:02}": predicted for i, predicted in wrong.items()}
 
     everywhere = {i: "A" for i in range(2, 13)}
     looks = [(10, look({**everywhere, 0: "C"})), (20, look({**everywhere, 1: "D"})), (30, look({2: None, 3: "E"}))]

@@ -85,7 +85,7 @@ def value_at(home, origin):
 
 def shown_number(text, times):
     """(value, half a unit of its last digit) of `33.3%`, `1,234`, `2.1e-05`, `203.7 s`, `+6.7` (times 100)."""
-    match = re.fullmatch(r"([+-]?[\d,]+(?:\.(\d+))?(?:e([+-]\d+))?)( s|%)?", text)
+    match = re.fullmatch(r"([+-]?[\d,]+(?:\.(\d+))?(?:e([+-]\d+))?)( s| GB|%)?", text)
     assert match, text
     scale = (0.01 if match[4] == "%" else 1) / times
     unit = 10.0 ** (int(match[3] or 0) - len(match[2] or ""))
@@ -190,12 +190,43 @@ def test_gates_samples_data_and_test_looks_are_told(paths):
     for name in NAMES:
         assert f"{name}: <b>A & B?</b>" in text and f'{name} "답"<end_of_turn>' in text
     assert "looks at the test split: 3" in text
+    training = {row[0]: row[-2:] for row in parsed.table("training")[1:]}
+    assert training["train_00"] == ["1.25 GB", ""] and training["train_02"] == ["1.28 GB", "9.88 GB"]
+    assert parsed.table("questions", 3)[1:] == [["q<7>", "2", "B", "–", "20", "다음 중 <옳은> 것은?"]]
+    assert "over 3 looks at dev" in text
     validation, contamination = parsed.table("questions", 1), parsed.table("questions", 2)
-    assert validation[0][-2:] == ["vote of rotations", "clean items"]
-    assert [row[5:] for row in validation[1:]] == [["", "", "50.9% (37.9% to 64.0%)"], ["0.25", "45.6%", ""]]
+    assert validation[0][6:] == [
+        "거부 refused", "mean of rotations", "same option in all", "vote of rotations", "clean items",
+    ]  # fmt: skip
+    assert [row[5:] for row in validation[1:]] == [
+        ["", "", "", "", "", "50.9% (37.9% to 64.0%)"], ["0.25", "4", "41.2%", "38.7%", "45.6%", ""],
+    ]  # fmt: skip
     assert [row[1:] for row in contamination[1:]] == [["4,321", "7"], ["9", "0"], ["", "7 of 60"]]
     assert "because <it> helps" in text and "1,024" in text
     assert ["learning_rate", "0.002", "0.003", "0.005"] in parsed.table("settings")
+
+
+def test_scores_of_earlier_weights_are_called_so(paths, monkeypatch):
+    file = paths.report / "validation" / "dev-letter.json"
+    score = evaluation_of("02", right=31)["mcq"]
+    now = {"base": "same", "02": "other"}
+
+    class Scored:
+        def __init__(self, name):
+            self.weights = lambda: now[name]
+
+    def candidates(_, names):
+        if names == ["00"]:
+            raise PipelineError("not there")
+        return [Scored(name) for name in names]
+
+    monkeypatch.setattr(report.evaluation, "candidates", candidates)
+    models = {name: {"mcq": score, "weights": "same"} for name in ("base", "02", "00", "a/folder")}
+    records.write_json(file, {"split": "dev", "models": models | {"01": {"mcq": score}}})
+    parsed = Parsed(written(paths).html)
+    (line,) = [text for text in parsed.text if "scored before the model was trained anew" in text]
+    told = line.split(":")[1]
+    assert "02" in told and "00" in told and "base" not in told and "folder" not in told and "01" not in told
 
 
 def test_the_same_prompt_stands_once_with_the_answers_in_order(paths):

@@ -356,6 +356,17 @@ def test_loop_ends_early_and_counts_as_complete(chain):
     assert record["steps"] == info["steps"] == info["validation_history"][-1]["step"]
     assert record["loops"] == len(info["validation_history"]) == 1
     assert record["counts"]["rows"] == record["steps"] * 4 == info["train_samples"]
+    # What failed at the looks is counted beside the scores, and not repeated in the history.
+    failed = records.read_json(chain.loop / "failed_questions.json")
+    (look,) = info["validation_history"]
+    assert failed["looks"] == [look["step"]] and "wrong" not in look
+    assert len(failed["questions"]) == min(10, look["total"] - look["correct"]) > 0
+    assert {entry["fail_count"] for entry in failed["questions"]} == {1}
+    if look["step"] == info["best_step"]:
+        final = {r["id"]: r for r in records.read_json(chain.loop / "evaluation.json")["predictions"]}
+        told = {entry["question_id"]: entry["last_predicted"] for entry in failed["questions"]}
+        assert told == {key: final[key]["predicted"] for key in told}
+        assert all(final[key]["predicted"] != final[key]["gold"] for key in told)
     for name in ("loop_1", "best", "final"):
         config = records.read_json(chain.loop / name / "adapter_config.json")
         assert not os.path.isabs(config["base_model_name_or_path"])

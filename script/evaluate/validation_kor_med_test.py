@@ -180,7 +180,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser = cli.make_parser(__doc__, device=True, force=False)
     parser.add_argument(
         "--models", nargs="+", metavar="M",
-        help="base extended 00 01 merged 02, folders, or hub ids (default: all there are)",
+        help="base extended 00 01 merged 02 loop, folders, or hub ids (default: all there are)",
     )  # fmt: skip
     parser.add_argument("--final", action="store_true", help="open the test split; the look is counted")
     parser.add_argument("--mode", choices=("letter", "generate", "harness"), default="letter")
@@ -299,6 +299,7 @@ def score(
         result = {
             "which": candidate.name,
             "model": show(candidate.adapter or candidate.base),
+            "weights": candidate.weights(),
             "precision": asked,
             "protocol": "-".join([args.mode, *(["reasoning"] if args.reasoning else [])]),
             "split": split,
@@ -336,7 +337,10 @@ def write_failed(
     items: Sequence[Mapping[str, Any]],
 ) -> None:
     """`failed_questions.json`: the looks, and the ten questions that fail most often over them."""
-    looks = [(step, results[name]["predictions"]) for name, (_, step) in found.items()]
+    looks = [
+        (step, {r["id"]: r["predicted"] for r in results[name]["predictions"] if r["predicted"] != r["gold"]})
+        for name, (_, step) in found.items()
+    ]
     failed = mcq.failed_questions(looks, items)
     about = [
         {"step": step, "adapter": show(candidate.adapter), "accuracy": results[name]["mcq"]["accuracy"]}

@@ -22,6 +22,7 @@ from medgemma_korean.stage import RECORD_NAME, check_outputs, read_record
 
 # What is held out, by the name under which its bits per character are reported.
 LANGUAGES = ("korean", "medical", "english")
+SAMPLES = ("고혈압", "어디가 아프세요?")  # a term to explain and a sentence to translate, the same for every model
 
 
 def dev_items(paths: RunPaths, limit: int | None = None) -> list[dict[str, Any]]:
@@ -30,6 +31,12 @@ def dev_items(paths: RunPaths, limit: int | None = None) -> list[dict[str, Any]]
     if not items:
         raise PipelineError(f"{paths.mcq / 'dev.jsonl'}: no dev questions; nothing could be scored")
     return items[:limit] if limit else items
+
+
+def sample_prompts(paths: RunPaths) -> list[str]:
+    """What every model of a run is asked, for people to read: a term, a sentence, and the first dev question."""
+    term, sentence = SAMPLES
+    return [prompts.dictionary(term), prompts.to_english(sentence), prompts.mcq_direct(dev_items(paths, 1)[0])]
 
 
 def held_out_texts(paths: RunPaths, profile: ModelProfile) -> dict[str, list[str]]:
@@ -87,9 +94,19 @@ class Candidate:
     base: Path
     adapter: Path | None
 
+    def weights(self) -> str:
+        """Digest of what is scored, so that scores from before a model was trained anew are known as such.
+
+        An adapter counts by its content; a base, which may be 54 GB, by its record and the sizes of its files.
+        """
+        files = {file.name: file.stat().st_size for file in sorted(self.base.glob("*.safetensors"))}
+        record = read_record(self.base.parent / RECORD_NAME) or read_record(self.base / RECORD_NAME) or {}
+        adapter = records.sha256(self.adapter / _ADAPTER) if self.adapter else None
+        return records.digest_of([files, record.get("fingerprint"), adapter])[:16]
+
 
 def candidates(paths: RunPaths, wanted: Sequence[str] | None = None) -> list[Candidate]:
-    """The models of those names (base, extended, 00, 01, merged, 02), folders or hub ids; by default all of the run's.
+    """The models of those names (base extended 00 01 merged 02 loop), folders or hub ids; by default all of the run's.
 
     A folder is a trained one, an adapter inside one, one with base/ and adapter/, or a base. A hub id is fetched where
     it is not here. Raises PipelineError naming every model that is not there.
@@ -101,6 +118,7 @@ def candidates(paths: RunPaths, wanted: Sequence[str] | None = None) -> list[Can
         "01": paths.trained_01,
         "merged": paths.another_lora_added,
         "02": paths.trained_02,
+        "loop": paths.loop,
     }
     found: dict[str, Candidate] = {}
     problems = []
@@ -196,6 +214,26 @@ def _load(candidate: Candidate, profile: ModelProfile, device: str, precision: s
     return model.eval(), tokenizer
 
 
+# batches ------------------------------------------------------------------------------------------------
+
+# Tokens of a forward pass. A processor is busy with a few hundred, and more leave its cache; a card is with some
+# thousand, and what a layer holds of more is soon more than a small model's weights.
+PASS_TOKENS = {"cpu": 512, "cuda": 4096}
+
+
+def _passes(rows: Sequence[Sequence[int]], most: int, device: Any) -> Iterator[list[int]]:
+    """Indices of rows of token ids, shortest rows first: at most `most` rows and PASS_TOKENS tokens a forward pass."""
+    chosen: list[int] = []
+    tokens = PASS_TOKENS.get(device.type, PASS_TOKENS["cuda"])
+    for i in sorted(range(len(rows)), key=lambda i: (len(rows[i]), i)):
+        if chosen and (len(chosen) == most or (len(chosen) + 1) * len(rows[i]) > tokens):
+            yield chosen
+            chosen = []
+        chosen.append(i)
+    if chosen:
+        yield chosen
+
+
 # letters ------------------------------------------------------------------------------------------------
 
 
@@ -231,13 +269,11 @@ def score_letters(
     ids = letter_ids(tokenizer)
     base = _unwrapped(model)
     encoded = [prompts.render(tokenizer, prompts.mcq_direct(item))[0] for item in items]
-    order = sorted(range(len(items)), key=lambda i: (len(encoded[i]), i))
     device = next(model.parameters()).device
-    results: list[dict[str, Any] | None] = [None] * len(items)
+    results: dict[int, dict[str, Any]] = {}
     model.eval()
     with torch.inference_mode():
-        for start in range(0, len(order), batch):
-            chosen = order[start : start + batch]
+        for chosen in _passes(encoded, batch, device):
             inputs = _left_padded([encoded[i] for i in chosen], tokenizer.pad_token_id, device)
             logits = base(**inputs, logits_to_keep=1, use_cache=False).logits[:, -1]
             log_probs = torch.log_softmax(logits.float(), dim=-1).cpu()
@@ -254,8 +290,8 @@ def score_letters(
                     "log_probs": {k: round(v, 6) for k, v in scores.items()} if finite else {},
                 }
             if tick:
-                tick(start + len(chosen), len(order))
-    return [row for row in results if row is not None]
+                tick(len(results), len(items))
+    return [results[i] for i in range(len(items))]
 
 
 def _left_padded(rows: Sequence[list[int]], pad: int, device: Any) -> dict[str, Any]:
@@ -290,14 +326,12 @@ def generate_letters(
 
     ask = prompts.mcq_reasoning if reasoning else prompts.mcq_direct
     encoded = [prompts.render(tokenizer, ask(item))[0] for item in items]
-    order = sorted(range(len(items)), key=lambda i: (len(encoded[i]), i))
     device = next(model.parameters()).device
     ends = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(tokenizers.END_OF_TURN)]
     results: dict[int, dict[str, Any]] = {}
     model.eval()
     with torch.inference_mode():
-        for start in range(0, len(order), batch):
-            chosen = order[start : start + batch]
+        for chosen in _passes(encoded, batch, device):
             inputs = _left_padded([encoded[i] for i in chosen], tokenizer.pad_token_id, device)
             whole = model.generate(
                 **inputs,
@@ -324,7 +358,7 @@ def generate_letters(
                     results[i]["format"] = mcq.format_score(output)
                     results[i]["combined"] = mcq.combined_score(output, items[i]["answer"], items[i])
             if tick:
-                tick(start + len(chosen), len(order))
+                tick(len(results), len(items))
     return [results[i] for i in range(len(items))]
 
 
@@ -401,11 +435,9 @@ def _scored_states(model: Any, tokenizer: Any, pieces: list[Piece], batch: int) 
 
     device = next(model.parameters()).device
     base = _unwrapped(model)
-    order = sorted(range(len(pieces)), key=lambda i: (len(pieces[i][0]), i))
     model.eval()
     with torch.inference_mode():
-        for start in range(0, len(order), batch):
-            chosen = order[start : start + batch]
+        for chosen in _passes([ids for ids, _ in pieces], batch, device):
             width = max(len(pieces[i][0]) for i in chosen)
             ids = torch.full((len(chosen), width), tokenizer.pad_token_id)
             mask = torch.zeros_like(ids)
@@ -478,7 +510,10 @@ def evaluate(
     eval_samples: int | None = None,
     tick: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
-    """Score one model on the held-out texts and the dev items. Raises PipelineError when a score is not finite."""
+    """Score one model on the held-out texts and the dev items, and let it answer the samples.
+
+    Raises PipelineError when a score is not finite.
+    """
     items = dev_items(paths, eval_samples)
     predictions = score_letters(model, tokenizer, items, profile.score_batch, tick)
     texts = held_out_texts(paths, profile)
@@ -497,6 +532,7 @@ def evaluate(
         "mcq": mcq.score(predictions),
         "bits_per_character": bits,
         "tokens_per_character": {name: tokenizers.tokens_per_character(tokenizer, texts[name]) for name in LANGUAGES},
+        "samples": [{"prompt": p, "answer": generate(model, tokenizer, p)} for p in sample_prompts(paths)],
         "predictions": predictions,
     }
 
@@ -585,9 +621,10 @@ def text_look(
 def dev_look(
     model: Any, tokenizer: Any, items: Sequence[Mapping[str, Any]], batch: int, histogram: bool = False
 ) -> dict[str, Any]:
-    """One look at dev while training: {"accuracy", "correct", "total", "lower", "upper", "loss"}.
+    """One look at dev while training: {"accuracy", "correct", "total", "lower", "upper", "loss", "wrong"}.
 
-    loss is the mean negative log-probability of the right letter. histogram adds "predicted": counts by letter.
+    loss is the mean negative log-probability of the right letter, wrong the letter predicted for each item that
+    failed, by its id. histogram adds "predicted": counts by letter.
     """
     predictions = score_letters(model, tokenizer, items, batch)
     score = mcq.score(predictions)
@@ -599,6 +636,7 @@ def dev_look(
         "lower": score["lower"],
         "upper": score["upper"],
         "loss": sum(losses) / len(losses) if losses else math.inf,
+        "wrong": {row["id"]: row["predicted"] for row in predictions if row["predicted"] != row["gold"]},
         **({"predicted": score["predicted"]} if histogram else {}),
     }
 

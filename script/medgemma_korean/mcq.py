@@ -516,9 +516,11 @@ PREVIEW = 80  # characters
 
 
 def failed_questions(
-    looks: Sequence[tuple[int, Sequence[Mapping[str, Any]]]], items: Sequence[Mapping[str, Any]], most: int = 10
+    looks: Sequence[tuple[int, Mapping[str, str | None]]], items: Sequence[Mapping[str, Any]], most: int = 10
 ) -> list[dict[str, Any]]:
-    """The questions that fail most often over the looks (step, predictions) at one training, in the order of steps.
+    """The questions that fail most often over the looks at one training, in the order of steps.
+
+    looks: (step, the letter predicted for each item that failed, by id).
 
     Returns at most `most` of {"question_id", "fail_count", "expected", "last_predicted" (None: no letter),
     "question_preview", "last_failed_step"}: most failures first, of equals the one that failed last, then by id. Both
@@ -526,14 +528,13 @@ def failed_questions(
     """
     found: dict[str, dict[str, Any]] = {}
     known = {item["id"]: item for item in items}
-    for step, predictions in looks:
-        for row in predictions:
-            if row["predicted"] == row["gold"]:
-                continue
-            entry = found.setdefault(row["id"], {"question_id": row["id"], "fail_count": 0, "expected": row["gold"]})
+    for step, wrong in looks:
+        for key, predicted in wrong.items():
+            new = {"question_id": key, "fail_count": 0, "expected": known[key]["answer"]}
+            entry = found.setdefault(key, new)
             entry["fail_count"] += 1
-            entry["last_predicted"] = row["predicted"]
-            question = " ".join(known[row["id"]]["question"].split())
+            entry["last_predicted"] = predicted
+            question = " ".join(known[key]["question"].split())
             entry["question_preview"] = question if len(question) <= PREVIEW else f"{question[: PREVIEW - 1]}…"
             entry["last_failed_step"] = step
     order = sorted(found.values(), key=lambda e: (-e["fail_count"], -e["last_failed_step"], e["question_id"]))

@@ -31,14 +31,16 @@ NOT_A_DEVICE_KOREAN = (
 FORMS = {
     "percent": "{:.1%}",
     "change": "{:+.1%}",
-    "points": "{:+.1f}",  # of a share, times 100
+    "points": "{:+.1f}",  # of a share
     "bits": "{:.3f}",
     "mass": "{:.4f}",
     "count": "{:,}",
     "p": "{:.2g}",
     "plain": "{:g}",
     "seconds": "{:,.1f} s",
+    "gigabytes": "{:,.2f} GB",
 }
+SCALES = {"points": 100, "gigabytes": 1e-9}
 
 
 class Markup(str):
@@ -77,8 +79,8 @@ class Source:
         if value is None:
             return Markup("")
         value = len(value) if isinstance(value, list) else value
-        scale = 100 if form == "points" else 1
-        shown, told = FORMS[form].format(scale * value), f' data-scale="{scale}"' if scale > 1 else ""
+        scale = SCALES.get(form, 1)
+        shown, told = FORMS[form].format(scale * value), f' data-scale="{scale:g}"' if scale != 1 else ""
         return Markup(f'<span class="n" data-source="{html.escape(origin)}"{told}>{html.escape(shown)}</span>')
 
     def text(self, *keys: str | int) -> Markup:
@@ -216,6 +218,7 @@ def run_page(paths: RunPaths, profile: ModelProfile, others: Sequence[RunPaths] 
         validations=_validations(sources),
         extension=_extension(sources),
         beside=Table(report.BESIDE, _texts(derived, "beside")) if others else None,
+        failed=_failed(sources),
         samples=_samples(found),
         rationales=derived.text("rationales"),
         ledger=_ledger(sources),
@@ -357,6 +360,8 @@ def _training(derived: Source, stages: Mapping[str, Source]) -> Table:
         "rows a forward pass",
         "processes",
         "time",
+        "memory",
+        "GPU memory",
     ]
     rows = []
     for name, record in stages.items():
@@ -365,6 +370,7 @@ def _training(derived: Source, stages: Mapping[str, Source]) -> Table:
         def number(form: str, key: str, record: Source = record) -> Any:
             return record.number(form, key) if key in record.content else ""
 
+        memory = known.get("peak_memory", {})
         precision = known.get("settings", {}).get("precision", "")
         chosen = known.get("precision")
         if isinstance(chosen, dict):
@@ -377,6 +383,10 @@ def _training(derived: Source, stages: Mapping[str, Source]) -> Table:
                 precision,
                 *(number("count", key) for key in ("micro_batch", "processes")),
                 number("seconds", "seconds"),
+                *(
+                    record.number("gigabytes", "peak_memory", kind) if kind in memory else ""
+                    for kind in ("main", "gpu")
+                ),
             ]
         )
     return Table(head, rows)
@@ -474,6 +484,7 @@ def _exam_figures(problems: list[str], found: Mapping[str, Source]) -> list[Figu
 def _validations(sources: _Sources) -> list[dict[str, Any]]:
     """The scores that `validation_kor_med_test` left: a table a file, and how much of the split training has read."""
     tables = []
+    told: set[str] = set()  # splits whose contamination stands on the page: it is the same for every call
     for file in sorted((sources.paths.report / "validation").glob("*.json")):
         source = sources.of(file)
         models = source.content.get("models") if isinstance(source.content, dict) else None
@@ -483,19 +494,41 @@ def _validations(sources: _Sources) -> list[dict[str, Any]]:
             {
                 "title": file.stem,
                 "table": _validation(source, models),
+                "outdated": [_name(name) for name in report.outdated(sources.paths, models)],
                 "looks": source.number("count", "test_looks") if source.content.get("test_looks") else None,
-                "contamination": _contamination(source),
+                "contamination": None if (split := source.content.get("split", "")) in told else _contamination(source),
             }
         )
+        told.add(split)
     return tables
 
 
+# What a mode or an option of `validation_kor_med_test` adds to a model's result: title, form, keys.
+EXTRA = (
+    ("거부 refused", "count", ("mcq", "refused")),
+    ("cut off", "count", ("cut_off",)),
+    ("mean of rotations", "percent", ("rotations", "mean_accuracy")),
+    ("same option in all", "percent", ("rotations", "consistency")),
+    ("vote of rotations", "percent", ("rotations", "vote_accuracy")),
+    ("reasoning format", "bits", ("reasoning", "format")),
+    ("with the answer", "bits", ("reasoning", "combined")),
+    ("official exact match", "percent", ("harness", "micro")),
+)
+
+
+def _has(found: Any, form: str, keys: Sequence[str]) -> bool:
+    """Whether there is a number under the keys; a count of zero is none."""
+    for key in keys:
+        found = found.get(key) if isinstance(found, dict) else None
+    return found is not None and not (form == "count" and found == 0)
+
+
 def _validation(source: Source, models: Mapping[str, Any]) -> Table:
-    """A row a model; the columns of rotations and of clean and touched items where one model has them."""
+    """A row a model; columns of what only some calls measure where one model has them."""
     parts = [
         part for part in ("clean", "touched") if any(m.get("contamination", {}).get(part) for m in models.values())
     ]
-    turned = any("rotations" in m for m in models.values())
+    extra = [entry for entry in EXTRA if any(_has(m, *entry[1:]) for m in models.values())]
     rows = []
     for name, found in models.items():
         keys = ("models", name)
@@ -509,14 +542,13 @@ def _validation(source: Source, models: Mapping[str, Any]) -> Table:
             source.number("count", *keys, "mcq", "unparsed"),
             source.number("p", *keys, against, "p") if against else "",
         ]
-        if turned:
-            row.append(source.number("percent", *keys, "rotations", "vote_accuracy") if "rotations" in found else "")
+        row += [source.number(form, *keys, *where) if _has(found, form, where) else "" for _, form, where in extra]
         for part in parts:
             has = found.get("contamination", {}).get(part)
             row.append(source.ranged(*keys, "contamination", part) if has else "")
         rows.append(row)
     head = ["모델 model", "right", "accuracy (95 % interval)", "majority", "unparsed", "McNemar p"]
-    head += [*(["vote of rotations"] if turned else []), *(f"{part} items" for part in parts)]
+    head += [*(title for title, _, _ in extra), *(f"{part} items" for part in parts)]
     return Table(head, rows)
 
 
@@ -561,6 +593,29 @@ def _extension(sources: _Sources) -> dict[str, Any] | None:
         "lines": Table(["항목 line", "", "측정 what was found"], lines, True),
         "rows": Table(report.ROWS_COLUMNS, rows) if rows else None,
     }
+
+
+def _failed(sources: _Sources) -> list[tuple[str, Table, Markup]]:
+    """(stage, the questions that failed most often over its looks at dev, how many looks there were)."""
+    tables = []
+    for name, folder in report.trained_folders(sources.paths).items():
+        source = sources.of(folder / report.FAILED)
+        if source is None or not source.content["questions"]:
+            continue
+        rows = [
+            [
+                entry["question_id"],
+                source.number("count", "questions", i, "fail_count"),
+                entry["expected"],
+                entry["last_predicted"] or "–",
+                source.number("count", "questions", i, "last_failed_step"),
+                entry["question_preview"],
+            ]
+            for i, entry in enumerate(source.content["questions"])
+        ]
+        head = ["문항 question", "failed", "정답 expected", "last predicted", "at step", "question"]
+        tables.append((_name(name), Table(head, rows, True), source.number("count", "looks")))
+    return tables
 
 
 def _samples(found: Mapping[str, Source]) -> list[dict[str, Any]]:

@@ -25,6 +25,7 @@ NOT_A_DEVICE = (
 
 
 LANGUAGES = evaluation.LANGUAGES
+FAILED = "failed_questions.json"  # in a trained folder: what failed most often over its looks at dev
 
 
 def trained_folders(paths: RunPaths) -> dict[str, Path]:
@@ -163,6 +164,22 @@ def licences(paths: RunPaths, profile: ModelProfile) -> list[tuple[str, str]]:
     if profile.source == "build" and paths.data.name == "sample":
         return [("the project's own sample data", "Apache-2.0")]
     return [(key, BY_KEY[key].licence if key in BY_KEY else "not in the catalogue") for key in found]
+
+
+def outdated(paths: RunPaths, models: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Which of the run's own models were other weights when these results of `validation_kor_med_test` were made."""
+    found = []
+    for name, result in models.items():
+        if name not in evaluation_files(paths) or "weights" not in result:
+            continue
+        try:
+            (now,) = evaluation.candidates(paths, [name])
+        except PipelineError:  # not there any more, or not whole: what was scored is gone
+            found.append(name)
+            continue
+        if now.weights() != result["weights"]:
+            found.append(name)
+    return found
 
 
 # the extension -------------------------------------------------------------------------------------------

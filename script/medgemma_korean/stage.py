@@ -20,7 +20,9 @@ import datetime
 import fcntl
 import os
 import platform
+import resource
 import shutil
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -122,6 +124,15 @@ def versions() -> dict[str, str]:
     for name in LIBRARIES:
         with contextlib.suppress(metadata.PackageNotFoundError):
             found[name] = metadata.version(name)
+    return found
+
+
+def peak_memory() -> dict[str, int]:
+    """Bytes at most: {"main"} resident in this process, {"gpu"} allocated by torch on its cards where it used one."""
+    found = {"main": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+    torch = sys.modules.get("torch")  # a program that did without it is not made to import it
+    if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized():
+        found["gpu"] = sum(torch.cuda.max_memory_allocated(i) for i in range(torch.cuda.device_count()))
     return found
 
 
@@ -440,6 +451,7 @@ class Stage:
             "warnings": self.warnings,
             "versions": versions(),
             "seconds": round(time.monotonic() - self._started, 1),
+            "peak_memory": peak_memory(),
             "finished": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
             **more,
         }

@@ -21,14 +21,15 @@ from medgemma_korean import (
     checkpoints,
     cli,
     evaluation,
+    mcq,
     memory,
     model_card,
     modeling,
     precision,
     processes,
     profiles,
-    prompts,
     records,
+    report,
     training,
 )
 from medgemma_korean import tokenizer as tokenizers
@@ -43,7 +44,6 @@ TRACKERS = {"trackio": "trackio", "wandb": "wandb"}  # what `pip install` calls 
 # In the folder of a training on a plain base: the scores of that base, and how its precision was chosen.
 BEFORE, FRESH = "evaluation_before.json", ".fresh"
 PROBED = {"train_00": "00", "train_01": "01", "train_02": "02", "loop": "02"}  # the stage whose settings have to fit
-SAMPLES = ("고혈압", "어디가 아프세요?")  # a term to explain and a sentence to translate, the same for every stage
 
 
 def share(text: str) -> float:
@@ -191,7 +191,7 @@ def run(
             link.fresh = _fresh_adapter(folder, link.base, profile, second, args.seed)
         context = Context(args, profile, paths, settings, tokenizer, link, {}, first=first, before=before)
         context.plan = plan = build(context)
-        plan.samples = _prompts(paths)
+        plan.samples = evaluation.sample_prompts(paths)
         # A base that is divided is read into main memory, and only its parts go to the cards.
         base = modeling.load_base(link.base, profile, "cpu" if args.shard else device, chosen)
         if len(tokenizer) > base.get_input_embeddings().weight.shape[0]:
@@ -216,7 +216,6 @@ def run(
         # All of dev, whatever --eval-samples gave the looks while training: the gate compares identical items.
         with processes.gathered(model):
             after = evaluation.evaluate(model, tokenizer, paths, profile, which=stage_name, precision=chosen)
-            answers = [{"prompt": p, "answer": evaluation.generate(model, tokenizer, p)} for p in plan.samples]
             more = finish(context, model, folder, outcome) if finish else {}
         after = processes.agreed(after)
         log.info("%s: %s", stage_name, evaluation.summary(after))
@@ -224,7 +223,6 @@ def run(
         after |= {
             "against_base": evaluation.compare(first, after),
             "against_before": evaluation.compare(before, after),
-            "samples": answers,
         }
         _finish(folder, model, outcome, after, context, program, stage, more)
         try:
@@ -307,12 +305,6 @@ def _scored(file: Path, chosen: str, paths: RunPaths, link: chain.Link) -> dict[
         f"{file.stem} was scored in {was}, and scores of {chosen} cannot be compared with it; "
         + (f"go on with --precision {was}" if link.plain else f"run: {again}")
     )
-
-
-def _prompts(paths: RunPaths) -> list[str]:
-    term, sentence = SAMPLES
-    question = evaluation.dev_items(paths, 1)[0]
-    return [prompts.dictionary(term), prompts.to_english(sentence), prompts.mcq_direct(question)]
 
 
 def _settings(args: argparse.Namespace, settings: StageSettings) -> StageSettings:
@@ -494,7 +486,8 @@ def _finish(folder, model, outcome, after, context: Context, program: str, stage
         "epochs": context.settings.epochs,
         "train_samples": context.counts.get("rows", 0),
         "validation_samples": after["mcq"]["n"],
-        "validation_history": outcome.history,
+        # What failed at each look is counted in failed_questions.json.
+        "validation_history": [{k: v for k, v in entry.items() if k != "wrong"} for entry in outcome.history],
         "final_accuracy": after["mcq"]["accuracy"],
         "best_step": outcome.best_step,
         "steps": outcome.steps,
@@ -505,6 +498,11 @@ def _finish(folder, model, outcome, after, context: Context, program: str, stage
         **more,
     }
     records.write_json(folder / "training_info.json", info)
+    if looks := [(entry["step"], entry["wrong"]) for entry in outcome.history if "wrong" in entry]:
+        failed = mcq.failed_questions(looks, evaluation.dev_items(context.paths))
+        records.write_json(
+            folder / report.FAILED, {"split": "dev", "looks": [step for step, _ in looks], "questions": failed}
+        )
     upstream = base_model.terms(context.link.base, context.paths.models.parent) if context.link.plain else None
     card = model_card.model_card(
         context.paths, context.profile, program, info, after, context.link.base, target, upstream, context.first

@@ -304,7 +304,8 @@ def _train(
             log.info("step %d of %d: %s", step, plan.steps, _line(entry))
             if step in looks:
                 _show_samples(model, tokenizer, plan.samples)
-            progress.event(paths, program, event="evaluation", **entry)
+            told = {key: value for key, value in entry.items() if key != "wrong"}  # hundreds of ids are no event
+            progress.event(paths, program, event="evaluation", **told)
             control.should_save = True
             if plan.ended([*history, entry]):
                 control.should_training_stop = True

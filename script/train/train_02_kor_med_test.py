@@ -69,13 +69,19 @@ def build(context: trained.Context) -> training.Plan:
     context.counts |= {"items": len(items), "rationales": rationales, "rows": len(mixed)}
     log.info("stage 02 rows: %s", context.counts)
     dev = evaluation.dev_items(paths, context.args.eval_samples)
+    texts = evaluation.held_out_texts(paths, profile)
+
+    def monitor(model) -> dict:
+        return evaluation.text_look(model, tokenizer, texts, profile)
+
     return training.Plan(
         rows=mixed,
         settings=settings,
         packed=False,
         metric="accuracy",
         larger=True,
-        evaluate=lambda model: evaluation.dev_look(model, tokenizer, dev, profile.score_batch),
+        evaluate=lambda model: evaluation.dev_look(model, tokenizer, dev, profile.score_batch) | monitor(model),
+        monitor=monitor,
         seed=context.seed,
     )
 
