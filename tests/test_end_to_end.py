@@ -78,9 +78,13 @@ def test_numbers_move_as_they_should(finished):
     root, _ = finished
     found = scores(root)
     # The same prompts of every model, the untouched one first.
-    asked = [[sample["prompt"] for sample in e["samples"]] for e in found.values()]
-    assert len(asked[0]) == 3 and asked == [asked[0]] * len(found)
-    looks = records.read_json(root / "model" / "02_trained" / "tiny" / "training_info.json")["validation_history"]
+    files = [root / "model" / "report" / "tiny" / "scores" / f"{name}.json" for name in ("base", "extended", "merged")]
+    files += [root / "model" / name / "tiny" / "evaluation.json" for name in ("00_trained", "01_trained", "02_trained")]
+    asked = [[sample["prompt"] for sample in json.loads(file.read_text())["samples"]] for file in files]
+    assert len(asked[0]) == 3 and asked == [asked[0]] * 6
+    looks = json.loads((root / "model" / "02_trained" / "tiny" / "training_info.json").read_text())[
+        "validation_history"
+    ]
     assert all({"accuracy", "korean_bits", "english_bits", "forgetting"} <= look.keys() for look in looks)
     bits = {name: e["bits_per_character"] for name, e in found.items()}
     assert bits["00"]["korean"] <= 0.9 * bits["extended"]["korean"]
