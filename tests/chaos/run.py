@@ -22,6 +22,7 @@ import json
 import random
 import re
 import shlex
+import signal
 import sys
 import tempfile
 import time
@@ -308,13 +309,19 @@ def series(specs: list[Spec], work: Path, results: Path, jobs: int = 1) -> list[
     reference = world.make_reference(work)
     rows = read_results(results)
     todo = [s for s in specs if rows.get(s.number, {}).get("result") != "identical"]
-    with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
-        for row in concurrent.futures.as_completed(pool.submit(perform, s, reference, work) for s in todo):
-            row = row.result()
+    pool = concurrent.futures.ThreadPoolExecutor(jobs)
+    try:
+        for done in concurrent.futures.as_completed(pool.submit(perform, s, reference, work) for s in todo):
+            row = done.result()
             rows[row["run"]] = row
             with open(results, "a", encoding="utf-8") as file:
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
             print(line_of(row), *([f"    {row['why'][:3000]}"] if row["why"] else []), sep="\n", flush=True)
+    finally:
+        world.stopping.set()
+        world.kill_all(work)
+        pool.shutdown(cancel_futures=True)
+        world.stopping.clear()
     return [rows[s.number] for s in specs]
 
 
@@ -368,6 +375,7 @@ def main(argv: list[str] | None = None) -> int:
             moments = "; ".join(str(moment) for _, moment in spec.strikes)
             print(f"{spec.number:3}  {after:17}{STAGES[spec.last - 1]:17}{spec.kind:24}{spec.fault}; {moments}")
         return 0
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(130))
     began = time.monotonic()
     results = args.work / f"results_{args.seed}_{args.runs}.jsonl"
     if args.fresh:

@@ -9,6 +9,7 @@ import os
 import shutil
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -25,6 +26,9 @@ TRAININGS = ("train_00", "train_01", "train_02")
 OPTIONS = ("--max-samples", "40", "--epochs-00", "1")
 PATIENCE = 600.0  # seconds for one run of the driver, which takes one or two minutes
 POLL = 0.02  # seconds
+
+
+stopping = threading.Event()  # the series ends: nothing new is begun
 
 
 # the driver ---------------------------------------------------------------------------------------------
@@ -52,6 +56,8 @@ class Attempt:
 
     @classmethod
     def begin(cls, command: list[str], root: Path, control: Path, output: Path, **more: str) -> Attempt:
+        if stopping.is_set():
+            raise KeyboardInterrupt
         fresh_control(control)
         with open(output, "wb") as file:
             process = subprocess.Popen(
