@@ -34,12 +34,14 @@ def assert_identical(rows: list[dict]) -> None:
             print(f"run {row['run']} skipped: {row['why']}")
 
 
+@pytest.mark.chaos
 @pytest.mark.slow
 def test_six_runs_end_as_the_uninterrupted_one(tmp_path):
     specs = [spec for spec in faults.plan(SEED, FORTY) if spec.number in SIX]
     assert_identical(run.series(specs, tmp_path, tmp_path / "results.jsonl", JOBS))
 
 
+@pytest.mark.chaos
 @pytest.mark.full
 def test_forty_runs_end_as_the_uninterrupted_one(tmp_path):
     rows = run.series(faults.plan(SEED, FORTY), tmp_path, tmp_path / "results.jsonl", JOBS)

@@ -25,9 +25,15 @@ def make_small() -> None:
     from medgemma_korean import profiles
 
     tiny = profiles.MODELS["tiny"]
-    shape = dataclasses.replace(tiny.tiny, steps=19)
-    dictionary = dataclasses.replace(tiny.dictionary, batch=4, micro_batch=4, evaluations=3)
-    profiles.MODELS["tiny"] = dataclasses.replace(tiny, tiny=shape, dictionary=dictionary, score_characters=2_000)
+    small = dataclasses.replace(
+        tiny,
+        tiny=dataclasses.replace(tiny.tiny, steps=19, batch=8),
+        plain_text=dataclasses.replace(tiny.plain_text, epochs=1, batch=2),
+        dictionary=dataclasses.replace(tiny.dictionary, batch=2, micro_batch=2, evaluations=3),
+        mcq=dataclasses.replace(tiny.mcq, batch=4),
+        score_characters=2_000,
+    )
+    profiles.MODELS["tiny"] = small
 
 
 def changes_a_file(event: str, arguments: tuple) -> bool:
