@@ -1,5 +1,6 @@
 """The trainer and its guards, checkpoints and resume: real TRL, PEFT and bitsandbytes."""
 
+import json
 import os
 import shutil
 
@@ -459,6 +460,12 @@ def test_best_goes_to_the_metric_then_the_loss_then_the_earlier_step():
     assert training.best_of(history, plan_of(tf.numbered(4)))["step"] == 2
     without = [{"step": s, "korean_bits": 2.0} for s in (3, 1, 2)]
     assert training.best_of(without, plan_of(tf.numbered(4), metric="korean_bits"))["step"] == 1
+
+
+def test_looks_are_told_in_one_order_whether_resumed_or_not():
+    look = {"step": 3, "loss": 2.0, "accuracy": 0.5, "of": {"z": 1, "a": 2}}
+    (told,) = training._evaluations([{"loss": 1.0}, {"step": 3, "evaluation": look}])
+    assert told == look and json.dumps(told) == json.dumps(look, sort_keys=True)
 
 
 def test_the_best_adapter_is_kept_whatever_comes_later(tmp_path):

@@ -586,7 +586,9 @@ def _better(entry: dict[str, Any], history: list[dict[str, Any]], plan: Plan) ->
 
 
 def _evaluations(log_history: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [entry["evaluation"] for entry in log_history if "evaluation" in entry]
+    # Keys in the order in which the trainer's state brings them back, or a resumed training tells them in another one.
+    found = [entry["evaluation"] for entry in log_history if "evaluation" in entry]
+    return json.loads(json.dumps(found, sort_keys=True))
 
 
 def _save_adapter(model: Any, target: Path) -> None:

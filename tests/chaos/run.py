@@ -36,6 +36,7 @@ from world import OPTIONS, REPOSITORY, STAGES, Attempt, Reference
 
 STARTS = 12  # of the same command, beyond which a run counts as stuck
 TRIES = 5  # with an earlier moment, where the command ended before the fault
+HASTE = 0.7  # of the reference's time: a moment that comes too late costs a whole run
 WAITS = 60  # seconds for what a killed driver or stage has left at work
 SPACE = re.compile(r"space", re.IGNORECASE)
 
@@ -106,7 +107,7 @@ class Run:
         ):
             time.sleep(world.POLL)
         if moment.how == "time":
-            end = time.monotonic() + moment.share * self.reference.seconds[moment.stage]
+            end = time.monotonic() + moment.share * HASTE * self.reference.seconds[moment.stage]
             while attempt.running and time.monotonic() < end:
                 time.sleep(world.POLL)
         return attempt.running
@@ -305,10 +306,12 @@ def perform(spec: Spec, reference: Reference, work: Path) -> dict:
 def series(specs: list[Spec], work: Path, results: Path, jobs: int = 1) -> list[dict]:
     """The rows of these runs, in order; those that were done before are read, those that failed are done again."""
     work.mkdir(parents=True, exist_ok=True)
+    world.kill_all(work)  # of an earlier start that was killed
     world.unmount_below(work)
     reference = world.make_reference(work)
     rows = read_results(results)
     todo = [s for s in specs if rows.get(s.number, {}).get("result") != "identical"]
+    todo.sort(key=lambda spec: len(spec.stages))  # whole chains last: they take the longest
     pool = concurrent.futures.ThreadPoolExecutor(jobs)
     try:
         for done in concurrent.futures.as_completed(pool.submit(perform, s, reference, work) for s in todo):

@@ -185,6 +185,18 @@ def make_reference(work: Path) -> Reference:
     new_root(root)
     command = [str(DRIVER), *OPTIONS]
     attempt = Attempt.begin(command, root, control, work / "reference.txt", CHAOS_AT="* 1")
+    try:
+        seconds = _copied_at_each_stage(attempt, root, folder)
+    finally:
+        kill_all(control)
+    shutil.copytree(root, folder / f"after_{len(STAGES)}")
+    changes = {stage: (control / f"changes_{stage}").stat().st_size for stage in STAGES}
+    about.write_text(json.dumps({"code": code, "seconds": seconds, "changes": changes}, indent=1))
+    return Reference(folder, seconds, changes)
+
+
+def _copied_at_each_stage(attempt: Attempt, root: Path, folder: Path) -> dict[str, float]:
+    """Copy the root as each stage begins; the seconds of each. Raises RuntimeError when the run fails."""
     began: dict[str, float] = {}
     ended: dict[str, float] = {}
     for number, stage in enumerate(STAGES):
@@ -197,15 +209,11 @@ def make_reference(work: Path) -> Reference:
         shutil.copytree(root, folder / f"after_{number}")
         attempt.let_go(stage)
         began[stage] = began.get(stage, copying) + time.monotonic() - copying
-    code_of_end = attempt.wait()
+    code = attempt.wait()
     ended[STAGES[-1]] = time.monotonic()
-    if code_of_end:
-        raise RuntimeError(f"the uninterrupted run ended with {code_of_end}:\n{attempt.text[-3000:]}")
-    shutil.copytree(root, folder / f"after_{len(STAGES)}")
-    seconds = {stage: ended[stage] - began[stage] for stage in STAGES}
-    changes = {stage: (control / f"changes_{stage}").stat().st_size for stage in STAGES}
-    about.write_text(json.dumps({"code": code, "seconds": seconds, "changes": changes}, indent=1))
-    return Reference(folder, seconds, changes)
+    if code:
+        raise RuntimeError(f"the uninterrupted run ended with {code}:\n{attempt.text[-3000:]}")
+    return {stage: ended[stage] - began[stage] for stage in STAGES}
 
 
 # what is compared ---------------------------------------------------------------------------------------
