@@ -197,8 +197,8 @@ stage() {  # NAME PROGRAM [ARGUMENT...]: run one stage, unless it is skipped or 
   while kill -0 "$child" 2> /dev/null; do wait "$child" || true; done
   [[ ! $stopping ]] || { code=0; wait "$child" || code=$?; }
   child=
-  # 143: the signal came before the program was ready to catch it.
-  [[ ! $stopping || $code != 143 ]] || code=130
+  # 143, 129: the signal came before the program was ready to catch it, from this driver or from whoever.
+  [[ $code != 143 && $code != 129 ]] || code=130
   case $code in
     0) note "$stage" complete ;;
     3) note "$stage" gate; finish 3 "stopped at $stage by its gate" ;;

@@ -29,7 +29,9 @@ check "style" "$python" -m ruff check .
 check "format" "$python" -m ruff format --check .
 # Two at a time, each file in one process: the models of the tests are too small for a second thread of their own.
 check "fast tests" tests -n 2 --dist loadfile -m "not slow and not full and not gpu" "$@"
-check "slow tests" tests -n 2 --dist loadfile -m "slow and not full and not gpu" "$@"
+check "slow tests" tests -n 2 --dist loadfile -m "slow and not full and not gpu and not chaos" "$@"
+# It uses both cores itself.
+check "chaos, short" tests -m "chaos and slow" "$@"
 if [[ $full ]]; then
   check "series" tests -m "full" "$@"
   [[ ! -d tests/bench ]] || check "benchmarks" "$python" -m pytest tests/bench "$@"

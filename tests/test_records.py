@@ -212,3 +212,17 @@ def test_what_stands_in_the_way_of_a_folder_is_named(tmp_path, below):
     for name, what in (("file", "a file"), ("link", "a link to a folder that does not exist")):
         with pytest.raises(PipelineError, match=f"/{name}: {what} where a folder is needed; move it away"):
             records.make_folder(tmp_path / name / below)
+
+
+def test_a_sealed_object_is_read_as_it_was_written_or_not_at_all(tmp_path):
+    file = tmp_path / "x.json"
+    assert records.read_sealed(file, ["rows"]) is None
+    records.write_sealed(file, {"rows": 3, "of": ("a", "b")})
+    assert records.read_sealed(file, ["rows"]) == {"rows": 3, "of": ["a", "b"]}
+    assert records.read_sealed(file, ["columns"]) is None
+    written = file.read_text()
+    for damaged in (written.replace("3", "2"), written[:-5], written.replace("rows", "rovs"), "[]", ""):
+        file.write_text(damaged)
+        assert records.read_sealed(file, ["rows"]) is None
+    file.write_text('{"rows": 3}')  # of an earlier version
+    assert records.read_sealed(file, ["rows"]) == {"rows": 3}

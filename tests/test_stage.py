@@ -11,7 +11,7 @@ import pytest
 
 from medgemma_korean import records, stage
 from medgemma_korean.cli import GateError, Interrupted, PipelineError
-from medgemma_korean.paths import RunPaths
+from medgemma_korean.paths import REPOSITORY, RunPaths
 from medgemma_korean.stage import Input, Stage, read_record
 
 REPAIR = "python script/refine/refine_00_plain_text.py --model tiny"
@@ -293,8 +293,72 @@ def test_what_is_no_record_is_named(paths, text):
     run_refine(paths)
     paths.record("refine_00_plain_text").write_text(text)
     for run in (run_refine, run_train):
-        with pytest.raises(PipelineError, match=r"refine_00_plain_text\.json: not a stage record; move it away"):
+        with pytest.raises(PipelineError, match=r"refine_00_plain_text\.json: not a stage record, or a damaged one"):
             run(paths)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"fingerprint": "a"}', "a digit"])
+def test_a_damaged_record_is_named_and_made_anew_by_force(paths, text):
+    run_refine(paths)
+    file = paths.record("refine_00_plain_text")
+    whole = file.read_text()
+    file.write_text(text if text != "a digit" else whole.replace('"kept": 1', '"kept": 2'))
+    for run in (run_refine, run_train):
+        with pytest.raises(
+            PipelineError, match=r"refine_00_plain_text\.json: not a .*\n.*the same command with --force"
+        ):
+            run(paths)
+    assert run_refine(paths, force=True) is None
+    assert read_record(file)["counts"] == {"kept": 1} and run_train(paths) is None
+    assert paths.plain_text.with_name("00_plain_text.previous").is_dir()
+
+
+def test_force_finds_what_a_disk_has_altered_behind_the_back_of_the_clock(paths):
+    run_refine(paths)
+    file = paths.plain_text / "train.jsonl"
+    rewrite_silently(file, "rotten!\n")
+    assert run_refine(paths) == 0, "a quick look sees size and time alone"
+    with pytest.raises(PipelineError, match=r"train\.jsonl has other content .*\n.*--force"):
+        run_train(paths)
+    assert run_refine(paths, force=True) is None and file.read_text() == "refined\n"
+    assert run_train(paths) is None and run_refine(paths, force=True) == 0
+
+
+def test_the_message_tells_the_command_that_made_the_damaged_input(paths, monkeypatch):
+    program = REPOSITORY / "script" / "refine" / "refine_all.py"
+    monkeypatch.setattr("sys.argv", [str(program), "--model", "tiny", "--force", "--name", "a b"])
+    run_refine(paths)
+    rewrite_silently(paths.plain_text / "train.jsonl", "rotten!\n")
+    again = r"Make it again: python script/refine/refine_all\.py --model tiny --name 'a b' --force$"
+    with pytest.raises(PipelineError, match=again):
+        run_train(paths)
+
+
+def test_the_record_vouches_for_files_beside_its_folder(paths):
+    run_refine(paths)
+    scores = paths.scores("base")
+    scores.parent.mkdir(parents=True)
+    scores.write_text("0.5")
+    beside = [scores, paths.scores("never made")]
+    assert run_train(paths, beside=beside) is None and run_train(paths, beside=beside) == 0
+    rewrite_silently(scores, "0.6")
+    with pytest.raises(PipelineError, match=r"base\.json has other content"), score(paths).work():
+        pass
+    scores.unlink()
+    with pytest.raises(PipelineError, match=r"base\.json is missing"):
+        run_train(paths, beside=beside)
+
+
+def test_what_was_begun_is_kept_where_nothing_says_with_what(paths):
+    run_refine(paths)
+    with pytest.raises(RuntimeError), train(paths).work(resumable=True) as folder:
+        (folder / "checkpoint").write_text("of days")
+        raise RuntimeError
+    identity = folder / ".identity.json"
+    identity.write_text(identity.read_text().replace('"epochs": 1', '"epochs": 9'))
+    with train(paths).work(resumable=True) as folder:
+        assert not (folder / "checkpoint").exists()
+    assert (folder.with_name(f"{folder.name}.previous") / "checkpoint").read_text() == "of days"
 
 
 # one process at a time ----------------------------------------------------------------------------------

@@ -1,5 +1,7 @@
 """The trainer and its guards, checkpoints and resume: real TRL, PEFT and bitsandbytes."""
 
+import json
+import os
 import shutil
 
 import pytest
@@ -332,7 +334,7 @@ def test_memory_that_does_not_suffice_halves_the_rows_of_a_pass_and_not_the_batc
     assert "going on with 1 row a forward pass; 4 rows an optimizer step as before" in caplog.text
     assert (whole.micro_batch, halved.micro_batch, halved.steps) == (2, 1, 4)
     assert losses(tmp_path / "halved", 4) == pytest.approx(losses(tmp_path / "whole", 4), rel=1e-4)
-    assert tf.read(tmp_path / "halved" / training.MICRO_BATCH) == {"micro_batch": 1}
+    assert tf.read(tmp_path / "halved" / training.MICRO_BATCH)["micro_batch"] == 1
 
 
 def test_memory_that_does_not_suffice_for_one_row_is_one_error(tmp_path):
@@ -460,6 +462,12 @@ def test_best_goes_to_the_metric_then_the_loss_then_the_earlier_step():
     assert training.best_of(without, plan_of(tf.numbered(4), metric="korean_bits"))["step"] == 1
 
 
+def test_looks_are_told_in_one_order_whether_resumed_or_not():
+    look = {"step": 3, "loss": 2.0, "accuracy": 0.5, "of": {"z": 1, "a": 2}}
+    (told,) = training._evaluations([{"loss": 1.0}, {"step": 3, "evaluation": look}])
+    assert told == look and json.dumps(told) == json.dumps(look, sort_keys=True)
+
+
 def test_the_best_adapter_is_kept_whatever_comes_later(tmp_path):
     values = iter([0.5, 0.7, 0.7, 0.6])
     plan = plan_of(
@@ -471,6 +479,8 @@ def test_the_best_adapter_is_kept_whatever_comes_later(tmp_path):
     )
     outcome, _ = run(tmp_path, plan)
     assert outcome.best_step == 2 and [p.name for p in tmp_path.glob(".best-*")] == [".best-2"]
+    mark = tf.read(tmp_path / "checkpoint-4" / training.CHECKPOINT_MARK)
+    assert f"../.best-2/{tf.ADAPTER}" in mark  # and is hashed by whoever continues
     assert (outcome.best / tf.ADAPTER).read_bytes() != (tmp_path / "checkpoint-4" / tf.ADAPTER).read_bytes()
 
 
@@ -483,7 +493,10 @@ def checkpoint(folder, step, holds=None):
     for name in training.state_files():
         (target / name).write_text(name)
     records.write_json(target / "trainer_state.json", {"global_step": step if holds is None else holds})
-    training.mark_checkpoint(target)
+    best = folder / f".best-{target.name}"
+    best.mkdir(exist_ok=True)
+    (best / tf.ADAPTER).write_text("the best so far")
+    training.mark_checkpoint(target, best)
     return target
 
 
@@ -491,7 +504,18 @@ def damage(kind):
     def truncate(c):
         (c / tf.ADAPTER).write_text("cut")
 
+    def flip(file):
+        content = bytearray(file.read_bytes())
+        content[len(content) // 2] ^= 1
+        stat = file.stat()
+        file.write_bytes(content)
+        os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+
     return {
+        "bit of the optimizer": lambda c: flip(c / "optimizer.pt"),
+        "bit of the mark": lambda c: flip(c / training.CHECKPOINT_MARK),
+        "mark cut": lambda c: os.truncate(c / training.CHECKPOINT_MARK, 20),
+        "bit of the best adapter": lambda c: flip(c.parent / f".best-{c.name}" / tf.ADAPTER),
         "optimizer missing": lambda c: (c / "optimizer.pt").unlink(),
         "scheduler missing": lambda c: (c / "scheduler.pt").unlink(),
         "generator missing": lambda c: (c / "rng_state.pth").unlink(),
@@ -502,6 +526,7 @@ def damage(kind):
 
 
 KINDS = ["optimizer missing", "scheduler missing", "generator missing", "adapter truncated", "no mark", "empty"]
+KINDS += ["bit of the optimizer", "bit of the mark", "mark cut", "bit of the best adapter"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -518,6 +543,15 @@ def test_a_checkpoint_of_another_step_is_stepped_over(tmp_path):
     checkpoint(tmp_path, 8, holds=6)
     assert training.newest_checkpoint(tmp_path) is None
     assert training.newest_checkpoint(tmp_path / "nothing") is None
+
+
+def test_a_mark_of_an_earlier_version_holds_sizes_alone(tmp_path):
+    whole = checkpoint(tmp_path, 4)
+    sizes = {p.name: p.stat().st_size for p in whole.iterdir() if p.name != training.CHECKPOINT_MARK}
+    records.write_json(whole / training.CHECKPOINT_MARK, sizes)
+    assert training.newest_checkpoint(tmp_path) == whole
+    (whole / "optimizer.pt").write_text("longer than before")
+    assert training.newest_checkpoint(tmp_path) is None
 
 
 def test_the_same_step_may_be_rejected_twice(tmp_path):

@@ -46,7 +46,8 @@ def main(argv: list[str] | None = None) -> int:
     if profile.source == "build":
         # Its own process: a program never imports another one.
         builder = Path(__file__).parents[1] / "model" / "build_tiny_model.py"
-        return subprocess.call([sys.executable, str(builder), *cli.shared_argv(args)])
+        code = subprocess.call([sys.executable, str(builder), *cli.shared_argv(args)])
+        return code if code >= 0 else 128 - code  # of a signal, as a shell tells it
     cli.start_logging(paths, "download_model")
     (want,) = wanted(profile, paths)
     return base_model.fetch(want, args, paths)

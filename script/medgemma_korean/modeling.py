@@ -300,6 +300,9 @@ def save_adapter(model: Any, folder: Path) -> None:
     if processes.is_sharded(model):
         state = {name: processes.whole(p.detach()) for name, p in model.named_parameters() if p.requires_grad}
     if processes.is_main():
+        for config in model.peft_config.values():
+            if isinstance(config.target_modules, set):  # which Python orders anew in each process
+                config.target_modules = sorted(config.target_modules)
         model.save_pretrained(folder, state_dict=state, save_embedding_layers=False)
         (folder / "README.md").unlink(missing_ok=True)  # PEFT's template; our card is beside `final`
 

@@ -20,6 +20,7 @@ from medgemma_korean.cli import PipelineError
 
 # Files of these names hold one JSON object a line (C4 calls them .json.gz).
 LINE_SUFFIXES = (".jsonl", ".jsonl.gz", ".json.gz")
+SEAL = "seal"  # the key under which an object keeps the hash of its content
 ROW_SUFFIXES = (*LINE_SUFFIXES, ".json", ".parquet", ".arrow")
 # What `datasets` writes beside its rows: save_to_disk, the hub's tools, and caches of a map or filter.
 NOT_ROWS = ("state.json", "dataset_info.json", "dataset_dict.json", "dataset_infos.json", "cache-*.arrow")
@@ -262,6 +263,35 @@ def write_json(path: Path, value: Any) -> None:
     with atomic_open(path) as file:
         json.dump(value, file, ensure_ascii=False, allow_nan=False, indent=1)
         file.write("\n")
+
+
+def write_sealed(path: Path, value: dict[str, Any]) -> None:
+    """Write a JSON object with the hash of its content, for `read_sealed`."""
+    write_json(path, sealed(value))
+
+
+def sealed(value: dict[str, Any]) -> dict[str, Any]:
+    """The object with a hash of its content under `seal`."""
+    return {**value, SEAL: digest_of(read_back(value))}
+
+
+def seal_holds(value: dict[str, Any]) -> bool:
+    """False where the object is not what was sealed. One without a seal, of an earlier version, is taken as it is."""
+    return SEAL not in value or value[SEAL] == digest_of({k: v for k, v in value.items() if k != SEAL})
+
+
+def read_sealed(path: Path, needs: Sequence[str]) -> dict[str, Any] | None:
+    """The object that was written there, without its seal; None where there is none, or a bit of it is another."""
+    if not path.is_file():
+        return None
+    try:
+        value = read_json(path)
+    except PipelineError:
+        return None
+    if not isinstance(value, dict) or not set(needs) <= value.keys() or not seal_holds(value):
+        return None
+    value.pop(SEAL, None)
+    return value
 
 
 def write_text(path: Path, text: str) -> None:

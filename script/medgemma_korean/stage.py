@@ -21,6 +21,7 @@ import fcntl
 import os
 import platform
 import resource
+import shlex
 import shutil
 import sys
 import time
@@ -32,7 +33,7 @@ from typing import Any
 
 from medgemma_korean import processes, progress, records
 from medgemma_korean.cli import EXIT_DONE, EXIT_GATE, Every, GateError, Interrupted, PipelineError, log
-from medgemma_korean.paths import RunPaths, show
+from medgemma_korean.paths import REPOSITORY, RunPaths, show
 
 RECORD_NAME = "stage.json"
 LIBRARIES = (
@@ -102,19 +103,29 @@ def changed_files(described: dict[str, dict[str, Any]], home: Path, thorough: bo
 
 def read_record(path: Path) -> dict[str, Any] | None:
     """The record at `path`, or None where the stage is not complete. Raises PipelineError for what is no record."""
-    record = records.read_json(path) if path.is_file() else None
-    if record is not None and not isinstance(record, dict):
+    if not path.is_file():
+        return None
+    try:
+        record = records.read_json(path)
+    except PipelineError as error:
+        raise _no_record(path, str(error).removeprefix(f"{path}")) from None
+    if not isinstance(record, dict):
         raise _no_record(path)
+    if not records.seal_holds(record):
+        raise _no_record(path, ": other content than when it was written")
     return record
 
 
-def _no_record(path: Path) -> PipelineError:
-    return PipelineError(f"{show(path)}: not a stage record; move it away, and the stage counts as incomplete")
+def _no_record(path: Path, why: str = "") -> PipelineError:
+    return PipelineError(
+        f"{show(path)}: not a stage record, or a damaged one{why}\n"
+        "To make the stage again: the same command with --force (its old result is kept as .previous)"
+    )
 
 
 def check_outputs(record_path: Path, thorough: bool = False) -> list[str]:
     """What of a complete stage's outputs is missing or altered."""
-    record = records.read_json(record_path)
+    record = read_record(record_path) or {"outputs": {}, "home": "."}
     return changed_files(record["outputs"], record_path.parent / record["home"], thorough)
 
 
@@ -155,6 +166,7 @@ class Stage:
     allow_regression: bool = False
     driver_stage: str | None = None
     record_inside: bool = False
+    beside: list[Path] = field(default_factory=list)  # files outside of its folder that its record vouches for too
     warnings: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -222,7 +234,7 @@ class Stage:
     def _known_sha256(self, file: Path) -> str:
         """sha256 of a raw file, taken from our own record while size and time are unchanged."""
         if not hasattr(self, "_known"):
-            record = read_record(self.record_path) or {}
+            record = self._own_record() or {}
             self._known = {str(Path(k)): v for k, v in record.get("raw_files", {}).items()}
         stat = file.stat()
         entry = self._known.get(os.path.relpath(file, self.paths.data))
@@ -242,15 +254,14 @@ class Stage:
         was not given.
         """
         self.identity()
-        record = read_record(self.record_path)
+        record = self._own_record()
         self._seen = [record]
         if record is None:
             return None
-        if not {"identity", "outputs", "home"} <= record.keys():
-            raise _no_record(self.record_path)
         differences = self._differences(record)
         if not differences:
-            differences = check_outputs(self.record_path)
+            # A disk may alter a file and not its time. Who asks for --force has been told of one, or suspects it.
+            differences = check_outputs(self.record_path, thorough=self.force)
         if differences:
             if self.force:
                 log.info("redoing %s: %s", self.program, "; ".join(differences))
@@ -270,6 +281,19 @@ class Stage:
             (self.outputs[0] / ".identity.json").unlink(missing_ok=True)
         log.info("%s: already complete (%s)", self.program, show(self.record_path.parent))
         return EXIT_DONE
+
+    def _own_record(self) -> dict[str, Any] | None:
+        """This stage's record; None where there is none, or a damaged one that --force makes anew."""
+        try:
+            record = read_record(self.record_path)
+            if record is not None and not {"identity", "outputs", "home"} <= record.keys():
+                raise _no_record(self.record_path)
+        except PipelineError as error:
+            if not self.force:
+                raise
+            log.info("redoing %s: %s", self.program, str(error).splitlines()[0])
+            return None
+        return record
 
     def _differences(self, record: dict[str, Any]) -> list[str]:
         old, new = record["identity"], self.identity()
@@ -293,15 +317,19 @@ class Stage:
             if not {"program", "outputs", "home"} <= record.keys():
                 raise _no_record(item.record)
             home = item.record.parent / record["home"]
+            whole = item.record.parent == item.path  # of a model folder, with the scores beside it
             inside = {
-                k: v for k, v in record["outputs"].items() if (home / k).resolve().is_relative_to(item.path.resolve())
+                k: v
+                for k, v in record["outputs"].items()
+                if whole or (home / k).resolve().is_relative_to(item.path.resolve())
             }
             wrong = changed_files(inside, home, thorough=True)
             if wrong:
+                again = record.get("command") or item.repair
                 raise PipelineError(
                     f"{item.role} is not what {record['program']} made:\n  "
                     + "\n  ".join(wrong)
-                    + (f"\nMake it again: {item.repair} --force" if item.repair else "")
+                    + (f"\nMake it again: {again} --force" if again else "")
                 )
             gate = record.get("gate")
             if gate and not gate["passed"] and not self.allow_regression:
@@ -326,7 +354,7 @@ class Stage:
                 "wait for it to end, or stop it, and run the same command again"
             )
         try:
-            if self._seen and read_record(self.record_path) != self._seen[0]:
+            if self._seen and self._own_record() != self._seen[0]:
                 raise PipelineError(
                     f"{show(self.record_path)}: another process has just finished {self.program}; "
                     "run the same command again"
@@ -355,8 +383,8 @@ class Stage:
     def _at_work(self, resumable: bool) -> Iterator[Path]:
         identity_file = self._work / ".identity.json"
         if self._work.exists():
-            begun = records.read_json(identity_file) if identity_file.is_file() else None
-            if resumable and isinstance(begun, dict) and {"format", "inputs", "settings"} <= begun.keys():
+            begun = records.read_sealed(identity_file, ("format", "inputs", "settings"))
+            if resumable and begun is not None:
                 differences = self._differences({"identity": begun})
                 if not differences:
                     self._resumed = True
@@ -369,10 +397,13 @@ class Stage:
                     )
                 else:
                     records.move_aside(self._work)
+            elif resumable and identity_file.is_file():
+                old = records.move_aside(self._work)
+                log.warning("%s is damaged; starting anew, what was begun is kept in %s", identity_file.name, show(old))
             else:
                 shutil.rmtree(self._work)
         self._work.mkdir(parents=True, exist_ok=True)
-        records.write_json(identity_file, self.identity())
+        records.write_sealed(identity_file, self.identity())
         self._report(state="running", percent=0.0)
         processes.wait()
         try:
@@ -449,6 +480,7 @@ class Stage:
             "scores": scores,
             "gate": gate,
             "warnings": self.warnings,
+            "command": _command(),
             "versions": versions(),
             "seconds": round(time.monotonic() - self._started, 1),
             "peak_memory": peak_memory(),
@@ -456,8 +488,8 @@ class Stage:
             **more,
         }
         if self.record_inside:
-            record["outputs"] = describe([self._work], self._work)
-            records.write_json(self._work / RECORD_NAME, record)
+            record["outputs"] = describe([self._work], self._work) | describe(self.beside, home)
+            records.write_sealed(self._work / RECORD_NAME, record)
             if old := records.move_aside(self.outputs[0]):
                 log.info("the old result is kept as %s", show(old))
             self.outputs[0].parent.mkdir(parents=True, exist_ok=True)
@@ -487,7 +519,7 @@ class Stage:
             os.replace(made, output)
         shutil.rmtree(self._work)
         record["outputs"] = describe(self.outputs, self.paths.data)
-        records.write_json(self.record_path, record)
+        records.write_sealed(self.record_path, record)
 
     def _check_raw_inputs(self) -> None:
         """Refuse to vouch for what was made of files that have changed meanwhile; only these are hashed again."""
@@ -507,6 +539,15 @@ class Stage:
     def _raw_files(self) -> dict[str, dict[str, Any]]:
         raw = [i.path for i in self.inputs if i.record is None and i.path.exists()]
         return describe(raw, self.paths.data)
+
+
+def _command() -> str:
+    """The command line of this program, to make the same result again; "" where it was called by something else."""
+    program = Path(sys.argv[0]).resolve()
+    if not program.is_relative_to(REPOSITORY / "script"):
+        return ""
+    given = [argument for argument in sys.argv[1:] if argument != "--force"]
+    return shlex.join(["python", str(program.relative_to(REPOSITORY)), *given])
 
 
 def _locked(path: Path) -> int | None:

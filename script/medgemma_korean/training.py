@@ -31,23 +31,33 @@ def state_files() -> list[str]:
     return found + [f"rng_state_{i}.pth" if several else "rng_state.pth" for i in range(processes.count())]
 
 
-def mark_checkpoint(folder: Path) -> None:
-    """Write the sizes of a checkpoint's files last: its presence means the checkpoint is whole."""
+def mark_checkpoint(folder: Path, best: Path | None = None) -> None:
+    """Write size and hash of a checkpoint's files last: its presence means the checkpoint is whole.
+
+    best: the best adapter so far, which whoever continues from here needs as well.
+    """
     missing = [name for name in state_files() if not (folder / name).is_file()]
     if missing:
         raise AssertionError(f"{folder} lacks {', '.join(missing)}")
-    sizes = {p.name: p.stat().st_size for p in sorted(folder.iterdir()) if p.name != CHECKPOINT_MARK}
-    records.write_json(folder / CHECKPOINT_MARK, sizes)
+    files = [p for p in sorted(folder.iterdir()) if p.name != CHECKPOINT_MARK]
+    files += sorted(best.iterdir()) if best else []
+    about = {os.path.relpath(p, folder): {"size": p.stat().st_size, "sha256": records.sha256(p)} for p in files}
+    records.write_sealed(folder / CHECKPOINT_MARK, about)
+
+
+def checkpoints_of(folder: Path) -> list[Path]:
+    """The checkpoints in a folder, whole or not, the newest first."""
+    found = [p for p in folder.glob("checkpoint-*") if p.name.removeprefix("checkpoint-").isdigit()]
+    return sorted(found, key=lambda p: -int(p.name.split("-")[1]))
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
     """The newest whole checkpoint; broken ones are renamed aside.
 
     A missing optimizer or scheduler file would silently start a fresh one, so every file is asked for, with its
-    size, and the step inside must be the folder's.
+    content, and the step inside must be the folder's.
     """
-    found = [p for p in folder.glob("checkpoint-*") if p.name.removeprefix("checkpoint-").isdigit()]
-    for checkpoint in sorted(found, key=lambda p: -int(p.name.split("-")[1])):
+    for checkpoint in checkpoints_of(folder):
         if why := _broken(checkpoint):
             log.warning("%s is not whole (%s); stepping back", show(checkpoint), why)
             rejected = checkpoint.with_name(f"rejected-{checkpoint.name}")
@@ -62,10 +72,16 @@ def _broken(checkpoint: Path) -> str | None:
     mark = checkpoint / CHECKPOINT_MARK
     if not mark.is_file():
         return "it was being written"
-    for name, size in records.read_json(mark).items():
+    about = records.read_sealed(mark, state_files())
+    if about is None:
+        return f"{mark.name} is damaged"
+    for name, made in about.items():
         file = checkpoint / name
-        if not file.is_file() or file.stat().st_size != size:
+        made = made if isinstance(made, dict) else {"size": made}  # of an earlier version
+        if not file.is_file() or file.stat().st_size != made["size"]:
             return f"{name} is missing or has another size"
+        if records.sha256(file) != made.get("sha256", records.sha256(file)):
+            return f"{name} has other content than when it was written"
     step = records.read_json(checkpoint / "trainer_state.json")["global_step"]
     return None if f"checkpoint-{step}" == checkpoint.name else f"it holds step {step}"
 
@@ -186,12 +202,12 @@ def train(
         raise PipelineError(f"{stage.program}: no rows to train on")
     micro = plan.settings.micro_batch
     # An interrupted training goes on with what it had: other sums would give other last bits.
-    if (folder / MICRO_BATCH).is_file():
-        micro = records.read_json(folder / MICRO_BATCH)["micro_batch"]
+    if begun := records.read_sealed(folder / MICRO_BATCH, ("micro_batch",)):
+        micro = begun["micro_batch"]
     _same_rows(plan, folder, stage.program)
     while True:
         if processes.is_main():
-            records.write_json(folder / MICRO_BATCH, {"micro_batch": micro})
+            records.write_sealed(folder / MICRO_BATCH, {"micro_batch": micro})
         try:
             return _train(model, tokenizer, plan, folder, profile, paths, stage, report_to, sharded, micro)
         except (MemoryError, RuntimeError) as error:
@@ -207,7 +223,7 @@ def train(
             why, cli.count(micro, "row"), cli.count(plan.settings.batch, "row"),
         )  # fmt: skip
         if processes.count() > 1:  # the others wait for this one in the middle of a step
-            records.write_json(folder / MICRO_BATCH, {"micro_batch": micro})
+            records.write_sealed(folder / MICRO_BATCH, {"micro_batch": micro})
             raise PipelineError(f"{stage.program}: out of memory in one of several processes; run the command again")
         modeling.free_memory()
         modeling.load_adapter_weights(model, start)
@@ -224,11 +240,11 @@ def _same_rows(plan: Plan, folder: Path, program: str) -> None:
     """Raise PipelineError when the rows are not those that the checkpoints in the folder were trained on."""
     now = {"rows": len(plan.rows), "sha256": batches.digest(plan.rows), "processes": processes.count()}
     file = folder / ROWS
-    if not file.is_file():
+    begun = records.read_sealed(file, tuple(now))
+    if begun is None:
         if processes.is_main():
-            records.write_json(file, now)
+            records.write_sealed(file, now)
         return
-    begun = records.read_json(file)
     if begun["processes"] != now["processes"]:
         raise PipelineError(
             f"{program} was begun with {begun['processes']} process{'es' if begun['processes'] > 1 else ''}, "
@@ -331,12 +347,16 @@ def _train(
             processes.wait()  # each has written the state of its generators
             if not processes.is_main():
                 return
-            mark_checkpoint(folder / f"checkpoint-{state.global_step}")
-            if history := plan.candidates(_evaluations(state.log_history)):
-                keep = f".best-{best_of(history, plan)['step']}"
-                for old in folder.glob(".best-*"):
-                    if old.name != keep and int(old.name.split("-")[1]) <= state.global_step:
-                        shutil.rmtree(old)
+            history = plan.candidates(_evaluations(state.log_history))
+            # Whoever steps back to the checkpoint before this one needs the best of then.
+            saved = [int(p.name.split("-")[1]) for p in checkpoints_of(folder)]
+            so_far = [[e for e in history if e["step"] <= step] for step in saved]
+            kept = {f".best-{best_of(looks, plan)['step']}" for looks in so_far if looks}
+            best = folder / f".best-{best_of(history, plan)['step']}" if history else None
+            mark_checkpoint(folder / f"checkpoint-{state.global_step}", best)
+            for old in folder.glob(".best-*"):
+                if old.name not in kept and int(old.name.split("-")[1]) <= state.global_step:
+                    shutil.rmtree(old)
 
         @staticmethod
         def last(state) -> str:
@@ -519,14 +539,14 @@ def _look(model: Any, plan: Plan, whole: bool, reference: dict[str, float]) -> d
 def _reference(model: Any, plan: Plan, folder: Path) -> dict[str, float]:
     """The monitor's numbers before the first step. Those of an interrupted training are kept beside it."""
     file = folder / REFERENCE
-    if not file.is_file():
+    found = records.read_sealed(file, ())
+    if found is None:
         with processes.gathered(model):
             found = processes.agreed(plan.monitor(model))
         if processes.is_main():
-            records.write_json(file, found)
+            records.write_sealed(file, found)
         log.info("before the first step: %s", _line(found))
-        return found
-    return records.read_json(file)
+    return found
 
 
 def _show_samples(model: Any, tokenizer: Any, asked: Sequence[str]) -> None:
@@ -567,7 +587,9 @@ def _better(entry: dict[str, Any], history: list[dict[str, Any]], plan: Plan) ->
 
 
 def _evaluations(log_history: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [entry["evaluation"] for entry in log_history if "evaluation" in entry]
+    # Keys in the order in which the trainer's state brings them back, or a resumed training tells them in another one.
+    found = [entry["evaluation"] for entry in log_history if "evaluation" in entry]
+    return json.loads(json.dumps(found, sort_keys=True))
 
 
 def _save_adapter(model: Any, target: Path) -> None:

@@ -317,6 +317,7 @@ def main(argv: list[str] | None = None) -> int:
             Input("tokenizer", paths.tokenizer, paths.tokenizer / "stage.json", tokenizer),
         ]
     inputs += chain.held_out_inputs(paths)
+    of_base = ("base", *(f"base-{name}" for name in precision.PRECISIONS))  # gates compare with them
     stage = Stage(
         "add_lora_second" if args.second else "add_lora",
         paths,
@@ -327,6 +328,7 @@ def main(argv: list[str] | None = None) -> int:
         force=args.force,
         allow_regression=args.allow_regression,
         record_inside=True,
+        beside=[paths.scores(which) for which in (*of_base, "merged" if args.second else "extended")],
         driver_stage="add_lora_second" if args.second else "add_lora",
         warnings=link.warnings if link else [],
     )

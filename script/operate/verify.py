@@ -18,13 +18,13 @@ from pathlib import Path
 from medgemma_korean import cli, progress, records
 from medgemma_korean.cli import PipelineError
 from medgemma_korean.paths import RunPaths, show
-from medgemma_korean.stage import check_outputs
+from medgemma_korean.stage import check_outputs, read_record
 
 
 def problems_of(record_path: Path, paths: RunPaths) -> list[str]:
     """What is wrong with one complete stage. A damaged record is a problem, not an end."""
     try:
-        record = records.read_json(record_path)
+        record = read_record(record_path) or {}
         found = check_outputs(record_path, thorough=True) + progress.changed_inputs(record_path, paths, thorough=True)
         if records.digest_of(record["identity"]) != record["fingerprint"]:
             found.append(f"{show(record_path)}: the fingerprint is not that of its identity")
@@ -55,7 +55,11 @@ def main(argv: list[str] | None = None) -> int:
     if not checked:
         raise PipelineError(f"the run {paths.name} has no complete stage to verify")
     if found:
-        raise PipelineError(f"{cli.count(len(found), 'problem')}:\n  " + "\n  ".join(found))
+        raise PipelineError(
+            f"{cli.count(len(found), 'problem')}:\n  "
+            + "\n  ".join(found)
+            + "\nTo make again what is damaged: the same command with --force (old results are kept as .previous)"
+        )
     print(f"{cli.count(checked, 'complete stage')}, all sound")
     return 0
 
