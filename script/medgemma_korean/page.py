@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import html
 import os
+import time
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,8 +19,9 @@ from typing import Any
 from medgemma_korean import cli, mcq, plots, progress, records, report
 from medgemma_korean.paths import RunPaths
 from medgemma_korean.profiles import ModelProfile
-from medgemma_korean.stage import RECORD_NAME, read_record
+from medgemma_korean.stage import RECORD_NAME, check_outputs, read_record, vouch
 
+RECORDS = ".stages"  # in the report's folder: a record a page
 TEMPLATES = Path(__file__).parent / "templates"
 NOT_A_DEVICE = (
     "This model is a research artefact. It is not a medical device, must not be used for diagnosis or treatment, and "
@@ -679,7 +681,8 @@ def compare_page(runs: Sequence[RunPaths], cited: str) -> Page:
 
 
 def write(page: Page, file: Path, cited: Path) -> bool:
-    """Write a page, its figures and the JSON it cites; False where all of it is there already."""
+    """Write a page, its figures and the JSON it cites, and a record of them; False where all of it is there already."""
+    begun = time.monotonic()
     images = {file.parent / name: content for name, content in page.images.items()}
     same = (
         file.is_file()
@@ -687,6 +690,7 @@ def write(page: Page, file: Path, cited: Path) -> bool:
         and cited.is_file()
         and records.read_json(cited) == page.summary
         and all(image.is_file() and image.read_bytes() == content for image, content in images.items())
+        and not _altered(record_of(file))
     )
     for problem in page.problems:
         cli.log.warning("a figure of the report: %s", problem)
@@ -696,4 +700,18 @@ def write(page: Page, file: Path, cited: Path) -> bool:
     for image, content in images.items():
         records.write_bytes(image, content)
     records.write_text(file, page.html)
+    vouch(record_of(file), "report", [file, cited, *images], time.monotonic() - begun)
     return True
+
+
+def record_of(file: Path) -> Path:
+    """Where the record of a page lies, for `--verify`."""
+    return file.parent / RECORDS / f"{file.stem}.json"
+
+
+def _altered(record: Path) -> bool:
+    """Whether a page has no sound record; it is then written anew."""
+    try:
+        return read_record(record) is None or bool(check_outputs(record))
+    except cli.PipelineError:
+        return True

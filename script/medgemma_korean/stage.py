@@ -22,17 +22,18 @@ import os
 import platform
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from medgemma_korean import processes, progress, records
+from medgemma_korean import cli, processes, progress, records
 from medgemma_korean.cli import EXIT_DONE, EXIT_GATE, Every, GateError, Interrupted, PipelineError, log
 from medgemma_korean.paths import RunPaths, show
 
 RECORD_NAME = "stage.json"
+SEAL = "sha256"  # the record's own; records of earlier versions have none
 LIBRARIES = (
     "torch",
     "transformers",
@@ -99,11 +100,30 @@ def changed_files(described: dict[str, dict[str, Any]], home: Path, thorough: bo
 
 
 def read_record(path: Path) -> dict[str, Any] | None:
-    """The record at `path`, or None where the stage is not complete. Raises PipelineError for what is no record."""
+    """The record at `path`, or None where the stage is not complete.
+
+    Raises PipelineError for what is no record, and for one that is not as it was written.
+    """
     record = records.read_json(path) if path.is_file() else None
     if record is not None and not isinstance(record, dict):
         raise _no_record(path)
+    if record is not None and record.get(SEAL, own := seal(record)) != own:
+        raise PipelineError(
+            f"{show(path)}: the record is not as it was written; bring the old one back, or move it away, and the "
+            "stage counts as incomplete"
+        )
     return record
+
+
+def seal(record: dict[str, Any]) -> str:
+    """sha256 of a record without its seal: what tells a flipped digit in its counts and scores."""
+    return records.digest_of({key: value for key, value in record.items() if key != SEAL})
+
+
+def write_record(path: Path, record: dict[str, Any]) -> None:
+    """Write a record with its seal."""
+    record = records.read_back(record)
+    records.write_json(path, {**record, SEAL: seal(record)})
 
 
 def _no_record(path: Path) -> PipelineError:
@@ -112,7 +132,9 @@ def _no_record(path: Path) -> PipelineError:
 
 def check_outputs(record_path: Path, thorough: bool = False) -> list[str]:
     """What of a complete stage's outputs is missing or altered."""
-    record = records.read_json(record_path)
+    record = read_record(record_path)
+    if not record or not {"outputs", "home"} <= record.keys():
+        raise _no_record(record_path)
     return changed_files(record["outputs"], record_path.parent / record["home"], thorough)
 
 
@@ -144,6 +166,7 @@ class Stage:
     allow_regression: bool = False
     driver_stage: str | None = None
     record_inside: bool = False
+    beside: list[Path] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -230,16 +253,14 @@ class Stage:
         Raises PipelineError when an input is absent or incomplete, or when a complete result differs and `force`
         was not given.
         """
+        if _asking:
+            raise _Asked(self)
         self.identity()
         record = read_record(self.record_path)
         self._seen = [record]
         if record is None:
             return None
-        if not {"identity", "outputs", "home"} <= record.keys():
-            raise _no_record(self.record_path)
-        differences = self._differences(record)
-        if not differences:
-            differences = check_outputs(self.record_path)
+        differences = self.differences(record)
         if differences:
             if self.force:
                 log.info("redoing %s: %s", self.program, "; ".join(differences))
@@ -259,6 +280,12 @@ class Stage:
             (self.outputs[0] / ".identity.json").unlink(missing_ok=True)
         log.info("%s: already complete (%s)", self.program, show(self.record_path.parent))
         return EXIT_DONE
+
+    def differences(self, record: dict[str, Any]) -> list[str]:
+        """What keeps a record from being that of this stage as it is asked for, one line each."""
+        if not {"identity", "outputs", "home"} <= record.keys():
+            raise _no_record(self.record_path)
+        return self._differences(record) or check_outputs(self.record_path)
 
     def _differences(self, record: dict[str, Any]) -> list[str]:
         old, new = record["identity"], self.identity()
@@ -282,8 +309,12 @@ class Stage:
             if not {"program", "outputs", "home"} <= record.keys():
                 raise _no_record(item.record)
             home = item.record.parent / record["home"]
+            folder = item.path.resolve()
             inside = {
-                k: v for k, v in record["outputs"].items() if (home / k).resolve().is_relative_to(item.path.resolve())
+                name: entry
+                for name, entry in record["outputs"].items()
+                # Scores beside it count too, unless the folder alone was brought from elsewhere.
+                if (home / name).resolve().is_relative_to(folder) or (name.startswith("..") and (home / name).is_file())
             }
             wrong = changed_files(inside, home, thorough=True)
             if wrong:
@@ -382,6 +413,8 @@ class Stage:
         return self._resumed
 
     def _report(self, **values: Any) -> None:
+        if values.get("metric"):
+            values["metric"] = cli.masked(values["metric"])
         progress.update(self.paths, self.program, self.driver_stage, **values)
 
     def tick(self, done: int, total: int, metric: str = "") -> None:
@@ -437,15 +470,18 @@ class Stage:
             "steps": steps,
             "scores": scores,
             "gate": gate,
-            "warnings": self.warnings,
+            "warnings": [cli.masked(text) for text in self.warnings],
             "versions": versions(),
             "seconds": round(time.monotonic() - self._started, 1),
+            "resumed": self._resumed,  # `seconds` are then those of its last part
             "finished": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
             **more,
         }
+        records.share(self._work)
         if self.record_inside:
-            record["outputs"] = describe([self._work], self._work)
-            records.write_json(self._work / RECORD_NAME, record)
+            beside = [path for path in self.beside if path.is_file()]
+            record["outputs"] = describe([self._work], self._work) | describe(beside, self.outputs[0])
+            write_record(self._work / RECORD_NAME, record)
             if old := records.move_aside(self.outputs[0]):
                 log.info("the old result is kept as %s", show(old))
             self.outputs[0].parent.mkdir(parents=True, exist_ok=True)
@@ -475,7 +511,7 @@ class Stage:
             os.replace(made, output)
         shutil.rmtree(self._work)
         record["outputs"] = describe(self.outputs, self.paths.data)
-        records.write_json(self.record_path, record)
+        write_record(self.record_path, record)
 
     def _check_raw_inputs(self) -> None:
         """Refuse to vouch for what was made of files that have changed meanwhile; only these are hashed again."""
@@ -495,6 +531,49 @@ class Stage:
     def _raw_files(self) -> dict[str, dict[str, Any]]:
         raw = [i.path for i in self.inputs if i.record is None and i.path.exists()]
         return describe(raw, self.paths.data)
+
+
+# asking -------------------------------------------------------------------------------------------------
+
+_asking: list[bool] = []
+
+
+class _Asked(Exception):
+    """Ends a program at the question whether it is complete."""
+
+
+def ask(main: Callable[[list[str]], int | None], argv: list[str]) -> Stage | None:
+    """The stage that a program would run with these options: its main, up to the question whether it is complete.
+
+    Nothing is written or logged. None where it asked nothing. Raises what stops the program before that question.
+    """
+    _asking.append(True)
+    try:
+        with cli.silent():
+            main(argv)
+    except _Asked as asked:
+        return asked.args[0]
+    finally:
+        _asking.pop()
+    return None
+
+
+def vouch(record_path: Path, program: str, files: list[Path], seconds: float) -> None:
+    """A record of files that no fingerprint guards, which are made anew whenever they differ (pages, tables)."""
+    identity = {"program": program, "format": 1, "settings": {}, "inputs": {}}
+    home = record_path.parent
+    record = {
+        "program": program,
+        "fingerprint": records.digest_of(identity),
+        "identity": identity,
+        "home": ".",
+        "inputs": {},
+        "raw_files": {},
+        "seconds": round(seconds, 1),
+        "finished": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "outputs": describe(files, home),
+    }
+    write_record(record_path, record)
 
 
 def _locked(path: Path) -> int | None:

@@ -243,6 +243,7 @@ def second(args: argparse.Namespace, profile: ModelProfile, paths: RunPaths, sta
         if before["precision"] != choice.precision:
             log.info("the base was scored in %s, and is scored again in %s", before["precision"], choice.precision)
             file = paths.scores(f"base-{choice.precision}")
+            stage.beside.append(file)
             before, _ = score(paths.raw_model, "base", choice, args, profile, paths, file=file)
         gate = evaluation.gate(before, after, profile)
         stage.complete(
@@ -327,6 +328,7 @@ def main(argv: list[str] | None = None) -> int:
         force=args.force,
         allow_regression=args.allow_regression,
         record_inside=True,
+        beside=[paths.scores(which) for which in (("merged",) if args.second else ("base", "extended"))],
         driver_stage="add_lora_second" if args.second else "add_lora",
         warnings=link.warnings if link else [],
     )
