@@ -331,7 +331,7 @@ def _logits(folder: Path, ids: list[int], dtype: str, adapter: Adapter | None = 
     places |= {f"model.layers.{i}": "disk" for i in range(layers)}
     with tempfile.TemporaryDirectory() as unused, torch.inference_mode():
         model = Gemma3ForCausalLM.from_pretrained(
-            folder, dtype=getattr(torch, dtype), device_map=places, offload_folder=unused
+            folder, dtype=getattr(torch, dtype), device_map=places, offload_folder=unused, use_safetensors=True
         ).eval()
         if adapter:
             _attach(model, adapter)

@@ -247,6 +247,11 @@ def start_logging(paths: RunPaths, program: str) -> None:
         handler.addFilter(_Mask())
         log.addHandler(handler)
     log.propagate = False
+    quiet_libraries()
+
+
+def quiet_libraries() -> None:
+    """No progress bars, no telemetry, and of what the libraries repeat in every process only errors."""
     for name in QUIET_LOGGERS:
         logging.getLogger(name).setLevel(logging.ERROR)
     # Deprecation notes are for the developers of libraries; ranges in requirements.txt hold their versions.

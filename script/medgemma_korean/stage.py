@@ -506,7 +506,9 @@ class Stage:
             made = self._made(output)
             if made == output:
                 continue
-            if output.is_dir():
+            if output.is_symlink():
+                output.unlink()  # what it points to is not ours
+            elif output.is_dir():
                 shutil.rmtree(output)  # left by a kill between renames; no record vouches for it
             os.replace(made, output)
         shutil.rmtree(self._work)

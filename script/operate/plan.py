@@ -187,7 +187,7 @@ class Time:
     def __str__(self) -> str:
         if self.seconds is None:
             return "no earlier run"
-        return f"{self.bound or 'about'} {progress.duration(self.seconds)}"
+        return f"{self.bound or 'about'} {progress.duration(max(self.seconds, 1.0))}"
 
 
 def model_of(paths: RunPaths, run: str) -> str | None:

@@ -144,6 +144,7 @@ def check_models(profile: ModelProfile, paths: RunPaths) -> list[str]:
         return []
     from medgemma_korean import evaluation, modeling
 
+    cli.quiet_libraries()
     modeling.set_up_torch(SEED)
     found = []
     for name, file in files.items():
