@@ -685,12 +685,12 @@ def write(page: Page, file: Path, cited: Path) -> bool:
     begun = time.monotonic()
     images = {file.parent / name: content for name, content in page.images.items()}
     same = (
-        file.is_file()
+        not _altered(record_of(file))
+        and file.is_file()
         and file.read_text(encoding="utf-8") == page.html
         and cited.is_file()
         and records.read_json(cited) == page.summary
         and all(image.is_file() and image.read_bytes() == content for image, content in images.items())
-        and not _altered(record_of(file))
     )
     for problem in page.problems:
         cli.log.warning("a figure of the report: %s", problem)

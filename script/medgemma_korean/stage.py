@@ -87,7 +87,7 @@ def changed_files(described: dict[str, dict[str, Any]], home: Path, thorough: bo
     """What no longer matches its description. Quick: size and time; a new time alone makes it compare sha256."""
     wrong = []
     for relative, entry in described.items():
-        file = home / relative
+        file = Path(os.path.normpath(home / relative))  # "..": of the name, also where a folder is a link
         if not file.is_file():
             wrong.append(f"{show(file)} is missing")
             continue
@@ -179,7 +179,7 @@ class Stage:
             self._work = self.record_path.parent / f"{self.program}.partial"
         self._identity: dict[str, Any] | None = None
         self._started = time.monotonic()
-        self._resumed = False
+        self._resumed = self._verified = False
         self._tick = Every(1.0)  # a step may take milliseconds; the progress file is for people
         self._seen: list[dict[str, Any] | None] = []  # the record, once `already_complete` has looked for it
 
@@ -251,10 +251,17 @@ class Stage:
         """0 when this stage is complete with the same fingerprint (3 if its gate failed), None when it must run.
 
         Raises PipelineError when an input is absent or incomplete, or when a complete result differs and `force`
-        was not given.
+        was not given; where it must run also when an input is not what was made (GateError when its gate failed):
+        libraries that load a damaged file have other words for it.
         """
         if _asking:
             raise _Asked(self)
+        code = self._complete_already()
+        if code is None and processes.is_main():
+            self._verify_inputs()
+        return code
+
+    def _complete_already(self) -> int | None:
         self.identity()
         record = read_record(self.record_path)
         self._seen = [record]
@@ -301,7 +308,9 @@ class Stage:
         return found or ["the record"]
 
     def _verify_inputs(self) -> None:
-        """Hash every input made by another stage; refuse an incomplete, altered or gate-failed one."""
+        """Hash every input made by another stage, once; refuse an incomplete, altered or gate-failed one."""
+        if self._verified:
+            return
         for item in self.inputs:
             record = read_record(item.record) if item.record else None
             if record is None:
@@ -314,7 +323,8 @@ class Stage:
                 name: entry
                 for name, entry in record["outputs"].items()
                 # Scores beside it count too, unless the folder alone was brought from elsewhere.
-                if (home / name).resolve().is_relative_to(folder) or (name.startswith("..") and (home / name).is_file())
+                if (home / name).resolve().is_relative_to(folder)
+                or (name.startswith("..") and Path(os.path.normpath(home / name)).is_file())
             }
             wrong = changed_files(inside, home, thorough=True)
             if wrong:
@@ -329,6 +339,7 @@ class Stage:
                     f"{item.role}: the gate of {record['program']} failed ({'; '.join(gate['reasons'])}); "
                     "to build on it all the same, add --allow-regression"
                 )
+        self._verified = True
 
     # during ---------------------------------------------------------------------------------------------
     @contextlib.contextmanager

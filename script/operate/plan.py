@@ -424,12 +424,12 @@ def plan(args: argparse.Namespace, profile: ModelProfile, paths: RunPaths) -> tu
         elif stage not in chosen:
             lines[stage] = "not asked for (differs)" if state.kind == "differs" else f"not asked for ({state.text})"
             continue
-        elif lacking:
-            lines[stage] = f"blocked: {', '.join(lacking)} is not complete" if not stop else f"blocked by {stop}"
-            stop = stop or stage
-            continue
         elif state.kind == "differs" and not args.force:
             lines[stage] = f"differs, so the run would stop here until --force:\n{text}"
+            stop = stop or stage
+            continue
+        elif lacking:
+            lines[stage] = f"blocked: {', '.join(lacking)} is not complete" if not stop else f"blocked by {stop}"
             stop = stop or stage
             continue
         elif gated and not redo:
