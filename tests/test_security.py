@@ -15,7 +15,7 @@ from pathlib import Path
 import hub_repositories as repositories
 import pytest
 
-from medgemma_korean import base_model, checkpoints, hub, records, stardict, transfer
+from medgemma_korean import base_model, checkpoints, cli, hub, records, stardict, transfer
 from medgemma_korean.cli import PipelineError
 from medgemma_korean.paths import RunPaths
 from medgemma_korean.stage import Input, Stage
@@ -239,6 +239,30 @@ def test_an_old_result_that_is_a_link_is_moved_and_not_emptied(tmp_path):
     assert (elsewhere / "keep.jsonl").read_text() == "{}\n" and not paths.pairs.is_symlink()
 
 
+def test_links_in_the_place_of_locks_and_work_folders(tmp_path, capsys):
+    paths = RunPaths.of("tiny", "data/sample")
+    other, elsewhere = tmp_path / "other.txt", tmp_path / "elsewhere"
+    other.write_text("mine")
+    elsewhere.mkdir()
+    (elsewhere / "keep.txt").write_text("mine")
+    stages = paths.refined / ".stages"
+    stages.mkdir(parents=True)
+    (stages / "refine_01_english_korean.partial").symlink_to(elsewhere)
+    (stages / "refine_01_english_korean.lock").symlink_to(other)
+
+    def run():
+        stage = Stage("refine_01_english_korean", paths, [paths.pairs], [], {})
+        with stage.work() as folder:
+            records.write_jsonl(folder / paths.pairs.name / "x.jsonl", [{"a": 1}])
+            stage.complete()
+
+    assert cli.run(run) == 2 and "refine_01_english_korean.lock" in "".join(capsys.readouterr())
+    (stages / "refine_01_english_korean.lock").unlink()
+    assert cli.run(run) == 0
+    assert other.read_text() == (elsewhere / "keep.txt").read_text() == "mine"
+    assert [p.name for p in elsewhere.iterdir()] == ["keep.txt"]
+
+
 # shell and pickles --------------------------------------------------------------------------------------
 
 
@@ -324,35 +348,38 @@ def test_a_pickle_in_the_place_of_weights_or_states_is_not_run(tmp_path, monkeyp
 # modes --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("umask", "mode"), [("022", 0o644), ("027", 0o640)])
-def test_files_have_the_mode_that_the_umask_asks_for(umask, mode, tmp_path):
+def test_files_have_the_mode_that_the_umask_asks_for(tmp_path):
     """Also those that a library wrote for its owner alone, and a file may stay executable."""
     code = """
-import os, sys
+import os
 import torch
 from safetensors.torch import save_file
-from medgemma_korean import checkpoints, progress, records, shapes
+from transformers import Gemma3TextConfig
+from medgemma_korean import checkpoints, progress, records
 from medgemma_korean.paths import RunPaths
 from medgemma_korean.stage import Stage
-os.umask(int(sys.argv[1], 8))
-paths = RunPaths.of("tiny", "data/sample")
-stage = Stage("train_00_plain_text", paths, [paths.trained_00], [], {}, record_inside=True)
-with stage.work() as folder:
-    (folder / "final").mkdir()
-    save_file({"a": torch.zeros(2)}, folder / "final" / "adapter_model.safetensors")
-    with open(os.open(folder / "tokenizer.json", os.O_CREAT | os.O_WRONLY, 0o600), "w") as file:
-        file.write("{}")
-    records.write_json(folder / "evaluation.json", {})
-    from transformers import Gemma3TextConfig
-    checkpoints.write(folder / "base", Gemma3TextConfig(), iter([("a", torch.zeros(2))]), "float32")
-    stage.complete()
-progress.event(paths, "x", a=1)
+for umask in (0o022, 0o027):
+    os.umask(umask)
+    os.environ["MEDGEMMA_KOREAN_ROOT"] = f"{umask:03o}"
+    paths = RunPaths.of("tiny", "data/sample")
+    stage = Stage("train_00_plain_text", paths, [paths.trained_00], [], {}, record_inside=True)
+    with stage.work() as folder:
+        (folder / "final").mkdir()
+        save_file({"a": torch.zeros(2)}, folder / "final" / "adapter_model.safetensors")
+        with open(os.open(folder / "tokenizer.json", os.O_CREAT | os.O_WRONLY, 0o600), "w") as file:
+            file.write("{}")
+        records.write_json(folder / "evaluation.json", {})
+        checkpoints.write(folder / "base", Gemma3TextConfig(), iter([("a", torch.zeros(2))]), "float32")
+        stage.complete()
+    progress.event(paths, "x", a=1)
 """
-    done = subprocess.run([sys.executable, "-c", code, umask], capture_output=True, text=True, cwd=tmp_path)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    files = [p for p in tmp_path.rglob("*") if p.is_file()]
-    assert {p.name for p in files} >= {"adapter_model.safetensors", "model.safetensors", "stage.json", "config.json"}
-    assert {p.name: oct(stat.S_IMODE(p.stat().st_mode)) for p in files} == {p.name: oct(mode) for p in files}
+    for umask, mode in (("022", 0o644), ("027", 0o640)):
+        files = [p for p in (tmp_path / umask).rglob("*") if p.is_file()]
+        names = {"adapter_model.safetensors", "model.safetensors", "stage.json", "config.json", "metrics_tiny.jsonl"}
+        assert {p.name for p in files} >= names
+        assert {p.name: oct(stat.S_IMODE(p.stat().st_mode)) for p in files} == {p.name: oct(mode) for p in files}
     script = tmp_path / "run.sh"
     script.write_text("")
     script.chmod(0o700)

@@ -385,6 +385,8 @@ class Stage:
 
     def _at_work(self, resumable: bool) -> Iterator[Path]:
         identity_file = self._work / ".identity.json"
+        if self._work.is_symlink():
+            self._work.unlink()
         if self._work.exists():
             begun = records.read_json(identity_file) if identity_file.is_file() else None
             if resumable and isinstance(begun, dict) and {"format", "inputs", "settings"} <= begun.keys():
@@ -592,7 +594,8 @@ def vouch(record_path: Path, program: str, files: list[Path], seconds: float) ->
 def _locked(path: Path) -> int | None:
     """A descriptor that holds the lock file; None while another process has it, -1 where a disk knows no locks."""
     while True:
-        file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        # A data folder may come with links where ours go: the lock is emptied, and must not be another's file.
+        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -523,6 +523,13 @@ def text_gigabytes(paths: RunPaths) -> float:
     return REFINING * sum(file.stat().st_size for folder in folders for file in files_under(folder)) / 1e9
 
 
+def tokens(text: str) -> str:
+    """argparse type: "auto", or how many tokens at most."""
+    if text != "auto" and not (text.isascii() and text.isdigit()):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number of tokens nor auto")
+    return text
+
+
 def make_parser() -> argparse.ArgumentParser:
     parser = cli.make_parser(__doc__, device=True)
     parser.add_argument("--from", dest="from_stage", metavar="S", default=DRIVER_STAGES[0], help="first stage")
@@ -532,8 +539,9 @@ def make_parser() -> argparse.ArgumentParser:
         parser.add_argument(f"--epochs-{number}", type=cli.positive_int, metavar="N", help=f"epochs of train_{number}")
     parser.add_argument("--max-samples", type=cli.positive_int, metavar="N", help="training rows of each stage")
     parser.add_argument("--allow-regression", action="store_true", help="go on where a gate fails")
-    for number in ("new-tokens", "min-count", "precision"):
-        parser.add_argument(f"--{number}", metavar="X", help="as the stage's own program takes it")
+    parser.add_argument("--new-tokens", type=tokens, metavar="N", help="most new tokens, or auto")
+    parser.add_argument("--min-count", type=cli.positive_int, metavar="N", help="times the text must hold a new token")
+    parser.add_argument("--precision", choices=("auto", "8bit", "nf4", "bf16", "fp32"), help="of the frozen base")
     parser.add_argument("--no-veterinary", action="store_true", help="leave the animal dictionary out")
     parser.add_argument("--processes", type=cli.positive_int, default=1, metavar="N", help="cards to train on")
     parser.add_argument("--shard", action="store_true", help="divide the base between them")
@@ -547,6 +555,8 @@ def main(argv: list[str] | None = None) -> int:
     if args.paths:
         print("\n".join(f"{key}={value}" for key, value in answers(args, profile, paths).items()))
         return 0
+    if args.new_tokens not in (None, "auto"):  # which is what memory and disk go by
+        profile = dataclasses.replace(profile, new_tokens=int(args.new_tokens))
     lines, times = plan(args, profile, paths)
     print(f"run {paths.name}: model {profile.name} ({profile.hardware}), data {show(paths.data)}; {total_line(times)}")
     print(disk_line(profile, paths))
