@@ -158,6 +158,25 @@ def test_what_is_made_anew_makes_others_anew(planned, plan, refined, monkeypatch
     assert planned()[1]["prepare_tokenizer"] == planned()[1]["add_lora"] == "complete"
 
 
+def test_an_interrupted_training_continues_or_was_begun_otherwise(planned, plan, refined, monkeypatch):
+    """As the program would answer: it refuses to go on with other settings."""
+    monkeypatch.setattr(plan, "PROGRAMS", {"train_00": plan.PROGRAMS["train_00"]})
+    record(refined.raw_lora_added / "stage.json", "add_lora", seconds=6)
+    for name in ("base", "adapter"):
+        (refined.raw_lora_added / name).mkdir()
+    part = refined.trained_00.with_name(".tiny.partial")
+    begun = plan.ask(plan.load("train/train_00_plain_text").main, ["--epochs", "2", "--precision", "fp32"])
+    assert begun.program == "train_00_plain_text" and begun.settings["epochs"] == 2
+    records.write_json(part / ".identity.json", begun.identity())
+    (part / "checkpoint-30").mkdir()
+    options = ["--from", "train_00", "--precision", "fp32"]
+    said = planned(*options, "--epochs-00", "2")[1]["train_00"]
+    assert said.startswith("would continue after step 30 (no earlier run; memory")
+    said = planned(*options)[1]["train_00"].splitlines()
+    assert said[0].startswith("differs, so the run would stop here") and said[-1].strip() == "settings.epochs: 2 -> 3"
+    assert planned(*options, "--max-samples", "5")[1]["train_01"] == "blocked by train_00"
+
+
 # how long -----------------------------------------------------------------------------------------------
 
 

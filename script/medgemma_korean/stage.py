@@ -383,14 +383,20 @@ class Stage:
         with self.lock():
             yield from self._at_work(resumable)
 
-    def _at_work(self, resumable: bool) -> Iterator[Path]:
+    def begun_otherwise(self) -> list[str] | None:
+        """What keeps a resumable stage from continuing in its work folder, one line each; None where none was begun."""
         identity_file = self._work / ".identity.json"
+        begun = records.read_json(identity_file) if identity_file.is_file() else None
+        if isinstance(begun, dict) and {"format", "inputs", "settings"} <= begun.keys():
+            return self._differences({"identity": begun})
+        return None
+
+    def _at_work(self, resumable: bool) -> Iterator[Path]:
         if self._work.is_symlink():
             self._work.unlink()
         if self._work.exists():
-            begun = records.read_json(identity_file) if identity_file.is_file() else None
-            if resumable and isinstance(begun, dict) and {"format", "inputs", "settings"} <= begun.keys():
-                differences = self._differences({"identity": begun})
+            differences = self.begun_otherwise() if resumable else None
+            if differences is not None:
                 if not differences:
                     self._resumed = True
                     log.info("continuing in %s", show(self._work))
@@ -405,7 +411,7 @@ class Stage:
             else:
                 shutil.rmtree(self._work)
         self._work.mkdir(parents=True, exist_ok=True)
-        records.write_json(identity_file, self.identity())
+        records.write_json(self._work / ".identity.json", self.identity())
         self._report(state="running", percent=0.0)
         processes.wait()
         try:

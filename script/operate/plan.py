@@ -161,17 +161,22 @@ def together(number: int) -> Iterator[None]:
         os.environ.pop("WORLD_SIZE") if before is None else os.environ.update(WORLD_SIZE=before)
 
 
-def answer_of(program: str, record: dict[str, Any], args: argparse.Namespace) -> list[str]:
-    """What a program says differs from its record, with these options; [] where it says "already complete"."""
+def answer_of(program: str, record: dict[str, Any] | None, args: argparse.Namespace) -> list[str]:
+    """What a program says differs from its record, with these options; [] where it says "already complete".
+
+    Without a record: from what an interrupted training was begun with; [] where it would continue, or begin.
+    """
     if program not in PROGRAMS:
         return []
     file = PROGRAMS[program][0]
     with together(args.processes if file.startswith("train/") else 1):
         try:
             stage = ask(load(file).main, options_of(program, args))
+            if record is None:
+                return stage.begun_otherwise() or [] if stage else []
             return stage.differences(record) if stage else []
         except PipelineError as error:
-            return str(error).split("\n")
+            return str(error).split("\n") if record is not None else []
 
 
 # how long -----------------------------------------------------------------------------------------------
@@ -354,6 +359,8 @@ def stage_state(programs: dict[str, Path], paths: RunPaths, args: argparse.Names
             record = read_record(path)
             if record is None:
                 left[program] = path
+                if unfinished(path) and (told := answer_of(program, None, args)):
+                    differences += ["an interrupted training was begun with something else:", *told]
                 continue
             there[program] = record
             wrong = progress.changed_inputs(path, paths) + check_outputs(path)
