@@ -10,7 +10,7 @@ import pytest
 from medgemma_korean import cli, page, records, shapes
 from medgemma_korean.cli import PipelineError
 from medgemma_korean.paths import RunPaths
-from medgemma_korean.stage import Stage, check_outputs, read_record, vouch, write_record
+from medgemma_korean.stage import Stage, check_outputs, read_record, record_beside, vouch, write_record
 
 
 @pytest.fixture
@@ -146,19 +146,19 @@ def test_a_page_is_vouched_for_and_written_anew_where_it_is_damaged(said, refine
     file, cited = refined.report / "index.html", refined.report / "summary.json"
     assert page.write(made, file, cited) and not page.write(made, file, cited)
     assert "report index                  sound" in said()[1]
-    for damaged in (file, cited, refined.report / "bits.png", page.record_of(file)):
+    for damaged in (file, cited, refined.report / "bits.png", record_beside(file)):
         content = damaged.read_bytes()
         damaged.write_bytes(content.replace(content[1:2], bytes([content[1] ^ 1]), 1))
         code, text = said()
         assert code == 2 and damaged.name in text
         assert page.write(made, file, cited) and said()[0] == 0
-    page.record_of(file).unlink()  # a report of an earlier version
+    record_beside(file).unlink()  # a report of an earlier version
     assert page.write(made, file, cited)
 
 
 def test_what_a_record_vouches_for_has_no_inputs(tmp_path, verify):
     (tmp_path / "a.txt").write_text("x")
-    vouch(tmp_path / ".stages" / "a.json", "report", [tmp_path / "a.txt"], 1.0)
+    vouch("report", [tmp_path / "a.txt"], 1.0)
     assert verify.problems_of(tmp_path / ".stages" / "a.json", RunPaths.of("tiny", "data/sample")) == []
 
 

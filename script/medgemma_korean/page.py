@@ -19,9 +19,8 @@ from typing import Any
 from medgemma_korean import cli, mcq, plots, progress, records, report
 from medgemma_korean.paths import RunPaths
 from medgemma_korean.profiles import ModelProfile
-from medgemma_korean.stage import RECORD_NAME, check_outputs, read_record, vouch
+from medgemma_korean.stage import RECORD_NAME, check_outputs, read_record, record_beside, vouch
 
-RECORDS = ".stages"  # in the report's folder: a record a page
 TEMPLATES = Path(__file__).parent / "templates"
 NOT_A_DEVICE = (
     "This model is a research artefact. It is not a medical device, must not be used for diagnosis or treatment, and "
@@ -685,7 +684,7 @@ def write(page: Page, file: Path, cited: Path) -> bool:
     begun = time.monotonic()
     images = {file.parent / name: content for name, content in page.images.items()}
     same = (
-        not _altered(record_of(file))
+        not _altered(record_beside(file))
         and file.is_file()
         and file.read_text(encoding="utf-8") == page.html
         and cited.is_file()
@@ -700,13 +699,8 @@ def write(page: Page, file: Path, cited: Path) -> bool:
     for image, content in images.items():
         records.write_bytes(image, content)
     records.write_text(file, page.html)
-    vouch(record_of(file), "report", [file, cited, *images], time.monotonic() - begun)
+    vouch("report", [file, cited, *images], time.monotonic() - begun)
     return True
-
-
-def record_of(file: Path) -> Path:
-    """Where the record of a page lies, for `--verify`."""
-    return file.parent / RECORDS / f"{file.stem}.json"
 
 
 def _altered(record: Path) -> bool:

@@ -243,11 +243,6 @@ def records_of(paths: RunPaths, built: bool, skip_01: bool = False) -> dict[str,
     }
 
 
-def report_record(paths: RunPaths) -> Path:
-    """Where the record of the report's page lies."""
-    return paths.report / ".stages" / "index.json"
-
-
 def changed_inputs(record_path: Path, paths: RunPaths, thorough: bool = False) -> list[str]:
     """What a complete stage read that is something else by now, one line each.
 

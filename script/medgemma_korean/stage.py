@@ -579,15 +579,21 @@ def ask(main: Callable[[list[str]], int | None], argv: list[str]) -> Stage | Non
     return None
 
 
-def vouch(record_path: Path, program: str, files: list[Path], seconds: float) -> None:
-    """A record of files that no fingerprint guards, which are made anew whenever they differ (pages, tables)."""
+def record_beside(file: Path) -> Path:
+    """Where the record of a file lies that no stage publishes (`vouch`)."""
+    return file.parent / ".stages" / f"{file.stem}.json"
+
+
+def vouch(program: str, files: list[Path], seconds: float) -> None:
+    """A record, beside the first of them, of files that no fingerprint guards: pages and tables, made anew at will."""
+    record_path = record_beside(files[0])
     identity = {"program": program, "format": 1, "settings": {}, "inputs": {}}
-    home = record_path.parent
+    home = files[0].parent
     record = {
         "program": program,
         "fingerprint": records.digest_of(identity),
         "identity": identity,
-        "home": ".",
+        "home": "..",
         "inputs": {},
         "raw_files": {},
         "seconds": round(seconds, 1),

@@ -33,7 +33,7 @@ from medgemma_korean.cli import PipelineError
 from medgemma_korean.paths import DRIVER_STAGES, RunPaths, show
 from medgemma_korean.profiles import ModelProfile
 from medgemma_korean.sources import BY_KEY
-from medgemma_korean.stage import ask, check_outputs, files_under, read_record
+from medgemma_korean.stage import ask, check_outputs, files_under, read_record, record_beside
 
 REFINING = 1.4  # bytes of the disk while plain text is refined, of a raw byte
 SKIPPABLE = ("train_00", "train_01", "train_02")
@@ -343,7 +343,8 @@ def unfinished(record: Path) -> str | None:
 
 
 def report_state(paths: RunPaths, found: dict[str, dict[str, Path]]) -> State:
-    page, record = paths.report / "index.html", progress.report_record(paths)
+    page = paths.report / "index.html"
+    record = record_beside(page)
     newest = max(
         (r.stat().st_mtime for programs in found.values() for r in programs.values() if r.is_file()), default=0
     )
@@ -416,7 +417,7 @@ def plan(args: argparse.Namespace, profile: ModelProfile, paths: RunPaths) -> tu
         if stage == "report":
             state = report_state(paths, found)
             if runs and state.kind == "complete":
-                state = State("missing", "would run", left={"report": progress.report_record(paths)})
+                state = State("missing", "would run", left={"report": record_beside(paths.report / "index.html")})
         else:
             state = stage_state(found[stage], paths, args)
         gated = state.gated and not args.allow_regression

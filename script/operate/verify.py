@@ -40,12 +40,12 @@ HELD = 1e9  # bytes that Python and the libraries take beside the weights
 
 
 def records_of(profile: ModelProfile, paths: RunPaths) -> Iterator[tuple[str, Path]]:
-    """(program, record) of everything that is complete: stages, the loop, pages of the report."""
+    """(program, record) of everything that is complete: stages, the loop, pages of the report, validations."""
     for programs in progress.records_of(paths, profile.tiny is not None).values():
         yield from programs.items()
     yield "train_01_02_loop", paths.loop / "stage.json"
-    for page in sorted(progress.report_record(paths).parent.glob("*.json")):
-        yield f"report {page.stem}", page
+    for file in sorted(paths.report.rglob(".stages/*.json")):
+        yield f"report {file.stem}", file
 
 
 def problems_of(record_path: Path, paths: RunPaths) -> list[str]:
