@@ -83,9 +83,11 @@ def no_output_in_the_repository(tmp_path, monkeypatch):
     """Whatever a test forgets, nothing is written under the repository's own data/, model/ or logs/."""
     monkeypatch.setenv("MEDGEMMA_KOREAN_ROOT", str(tmp_path))
     yield
+    from medgemma_korean.cli import LogFile
+
     logger = logging.getLogger("medgemma_korean")
     for handler in list(logger.handlers):
-        if type(handler) in (logging.StreamHandler, logging.FileHandler):  # ours; pytest has handlers there too
+        if type(handler) in (logging.StreamHandler, LogFile):  # ours; pytest has handlers there too
             handler.close()
             logger.removeHandler(handler)
     logger.propagate = True  # or pytest puts its own handlers there, and the next test's errors go to them

@@ -25,6 +25,23 @@ tests() {  # pytest, for which "no test was selected" is no failure: -k may sele
   [[ $code == 5 ]] || return $code
 }
 
+known_faults() {  # of the installed packages: information, and no failure, for it is of the day and not of a change
+  local options=(--local --skip-editable --progress-spinner off --timeout 15 --format json)
+  { "$python" -m pip_audit "${options[@]}" 2> /dev/null || true; } | "$python" -c '
+import json, sys
+text = sys.stdin.read()
+packages = json.loads(text)["dependencies"] if text.strip() else []
+asked = [p for p in packages if "skip_reason" not in p]
+for p in asked:
+    for fault in p["vulns"]:
+        print(p["name"], p["version"], fault["id"], "fixed in", ", ".join(fault["fix_versions"]) or "no version")
+if not asked:
+    print("not asked: pip-audit is not installed, or its service is not reachable from here")
+else:
+    print(f"asked about {len(asked)} of {len(packages)} packages; what stands above is for information")
+'
+}
+
 check "style" "$python" -m ruff check .
 check "format" "$python" -m ruff format --check .
 # Two at a time, each file in one process: the models of the tests are too small for a second thread of their own.
@@ -33,6 +50,7 @@ check "slow tests" tests -n 2 --dist loadfile -m "slow and not full and not gpu 
 # It uses both cores itself.
 check "chaos, short" tests -m "chaos and slow" "$@"
 if [[ $full ]]; then
+  check "known faults of packages" known_faults
   check "series" tests -m "full" "$@"
   [[ ! -d tests/bench ]] || check "benchmarks" "$python" -m pytest tests/bench "$@"
   ! command -v nvidia-smi > /dev/null || check "GPU tests" tests -m "gpu and not slow" "$@"

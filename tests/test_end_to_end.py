@@ -6,10 +6,12 @@ One run of `./run_full_pipeline.sh` in a folder of its own (MEDGEMMA_KOREAN_ROOT
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import hashlib
 import json
 import os
+import random
 import re
 import shutil
 import signal
@@ -430,3 +432,255 @@ def test_definitions_that_are_trained_over_and_over_are_recalled(finished, tmp_p
         finished[0], tmp_path, monkeypatch, "train_01_medical_dict", {"lora_rank": 64}, settings, recall
     )
     assert before <= 0.1 and after >= 0.9, (before, after)
+
+
+# the plan says what the programs would say --------------------------------------------------------------
+
+# The driver's options -> what differs then, by stage; every other stage is complete.
+CHANGES = {
+    (): {},
+    ("--epochs-00", "2"): {"train_00": "settings.epochs: 3 -> 2"},
+    ("--epochs-01", "2"): {"train_01": "settings.epochs: 1 -> 2"},
+    ("--epochs-02", "2"): {"train_02": "settings.epochs: 3 -> 2"},
+    ("--max-samples", "20"): dict.fromkeys(("train_00", "train_01", "train_02"), "settings.max_samples: None -> 20"),
+    ("--new-tokens", "64"): {"prepare_tokenizer": "settings.new_tokens: 2048 -> 64"},
+    ("--new-tokens", "auto"): {"prepare_tokenizer": "settings.auto: False -> True"},
+    ("--min-count", "9"): {"prepare_tokenizer": "settings.min_count: 4 -> 9"},
+    ("--no-veterinary",): {"refine": "settings.veterinary: True -> False"},
+    ("--precision", "fp32"): {
+        **dict.fromkeys(("add_lora", "add_lora_second"), "settings.precision: 'auto' -> 'fp32'"),
+        **dict.fromkeys(("train_00", "train_01", "train_02"), "settings.precision: '8bit' -> 'fp32'"),
+    },
+    ("--precision", "8bit"): dict.fromkeys(("add_lora", "add_lora_second"), "settings.precision: 'auto' -> '8bit'"),
+}
+
+
+@pytest.fixture
+def here(finished, monkeypatch):
+    """The finished run for what is called in this process; nothing starts to work in it."""
+    from medgemma_korean.stage import Stage
+
+    def never(self, *args, **kwargs):
+        raise AssertionError(f"{self.program} began to work")
+
+    monkeypatch.setenv("MEDGEMMA_KOREAN_ROOT", str(finished[0]))
+    monkeypatch.setattr(Stage, "work", never)
+    return finished[0]
+
+
+def said(load_program, name: str, options: list[str]) -> list[str]:
+    """What a program says differs, when it is run with these options; [] for "already complete"."""
+    from medgemma_korean.cli import PipelineError
+
+    try:
+        assert load_program(name).main(options) == 0
+    except PipelineError as error:
+        assert "something differs" in str(error)
+        return [line.strip() for line in str(error).split("\n")[1:-1]]
+    return []
+
+
+@pytest.mark.parametrize("options", CHANGES, ids=" ".join)
+def test_plan_announces_what_the_programs_answer(options, here, load_program):
+    plan = load_program("plan")
+    changes = CHANGES[options]
+    shown = program(here, "operate/plan.py", *options).stdout
+    parts = re.split(rf"^({'|'.join(DRIVER_STAGES)}) +", shown, flags=re.MULTILINE)[1:]
+    planned = dict(zip(parts[::2], parts[1::2], strict=True))
+    assert {stage for stage, text in planned.items() if text.startswith("differs")} == set(changes), shown
+    args = plan.make_parser().parse_args(options)
+    for name, (file, _) in plan.PROGRAMS.items():
+        lines = said(load_program, Path(file).name, plan.options_of(name, args))
+        stage = "refine" if name.startswith("refine") else name
+        for line in lines:
+            assert line in planned[stage], (name, line, shown)
+        if stage in changes and stage != "refine":
+            assert changes[stage] in lines
+    for stage, line in changes.items():  # and as the driver asks
+        result = run(here, DRIVER, *options, "--from", stage, "--to", stage)
+        assert result.returncode == 2 and line in result.stdout, result.stdout[-1000:]
+
+
+def test_plan_announces_a_changed_profile(here, load_program, monkeypatch):
+    from medgemma_korean import cli, profiles, progress
+    from medgemma_korean.stage import read_record
+
+    tiny = profiles.get("tiny")
+    changed = {
+        "build_tiny_model": {"tiny": dataclasses.replace(tiny.tiny, steps=291)},
+        "refine_00_plain_text": {"validation_share": 0.3},
+        "prepare_tokenizer": {"medical_weight": 6, "plain_text": dataclasses.replace(tiny.plain_text, max_rows=270)},
+        "add_lora": {"lora_rank": 8},
+        "train_00": {"plain_text": dataclasses.replace(tiny.plain_text, learning_rate=1e-3, replay=0.3)},
+        "train_01": {"dictionary": dataclasses.replace(tiny.dictionary, max_length=128, batch=8)},
+        "add_lora_second": {"second_rank": 4},
+        "train_02": {"mcq": dataclasses.replace(tiny.mcq, epochs=1), "lora_scale": 1.0},
+    }
+    plan = load_program("plan")
+    args = plan.make_parser().parse_args([])
+    paths = cli.resolve(args)[1]
+    found = {name: path for programs in progress.records_of(paths, True).values() for name, path in programs.items()}
+    for name, values in changed.items():
+        monkeypatch.setitem(profiles.MODELS, "tiny", dataclasses.replace(tiny, **values))
+        for other, (file, _) in plan.PROGRAMS.items():
+            told = plan.answer_of(other, read_record(found[other]), args)
+            assert told == said(load_program, Path(file).name, plan.options_of(other, args)), (name, other)
+            assert told or other != name
+
+
+def test_plan_of_a_finished_run_is_quick_and_imports_no_torch(finished):
+    root, _ = finished
+    before = {p: p.stat().st_mtime_ns for p in root.rglob("*") if p.is_file()}
+    code = (
+        f"import sys, runpy; sys.argv = ['plan']\ntry: runpy.run_path('{REPOSITORY}/script/operate/plan.py', "
+        "run_name='__main__')\nexcept SystemExit as end: assert not end.code\nassert 'torch' not in sys.modules"
+    )
+    result = run(root, sys.executable, "-c", code)
+    assert result.returncode == 0, result.stderr
+    assert "nothing would run" in result.stdout and result.stdout.count("complete") == len(DRIVER_STAGES)
+    assert before == {p: p.stat().st_mtime_ns for p in root.rglob("*") if p.is_file()}
+    forced = program(root, "operate/plan.py", "--force", "--epochs-00", "6").stdout
+    record = json.loads((root / "model" / "00_trained" / "tiny" / "stage.json").read_text())
+    number, unit = re.search(r"^train_00 +forced \(about (\d+) (s|min); memory \d", forced, re.MULTILINE).groups()
+    seconds = int(number) * {"s": 1, "min": 60}[unit]
+    assert abs(seconds - 2 * record["seconds"]) <= 31  # twice the epochs, rounded
+    assert re.search(r"^train_01 +forced .* it is made of train_00_plain_text$", forced, re.MULTILINE), forced
+
+
+# every bit of what is made is looked after --------------------------------------------------------------
+
+
+def made_files(root: Path) -> set[Path]:
+    folders = (root / "model", root / "data/sample/02_refined", root / "data/sample/01_raw/.stages")
+    return {p for folder in folders for p in folder.rglob("*") if p.is_file()}
+
+
+def test_every_file_of_a_run_is_described_by_a_record(here, load_program):
+    from medgemma_korean import cli
+    from medgemma_korean.stage import read_record
+
+    verify = load_program("verify")
+    described = set()
+    for _, path in verify.records_of(*cli.resolve(verify.make_parser().parse_args([]))):
+        if record := read_record(path):
+            described |= {path, *(Path(os.path.normpath(path.parent / record["home"] / f)) for f in record["outputs"])}
+    assert made_files(here) - described == set()
+
+
+@contextlib.contextmanager
+def flipped(file: Path, rng: random.Random):
+    content = file.read_bytes()
+    at = rng.randrange(len(content))
+    try:
+        # Not the bit that makes a capital of a letter: 1e-05 is 1E-05.
+        file.write_bytes(content[:at] + bytes([content[at] ^ 1 << rng.randrange(5)]) + content[at + 1 :])
+        yield
+    finally:
+        file.write_bytes(content)
+
+
+PLACES = (
+    "model/raw/tiny/model.safetensors", "model/tokenizer/tiny/tokenizer.json", "model/tokenizer/tiny/new_tokens.txt",
+    "model/raw_lora_added/tiny/base/tokenizer.model", "model/raw_lora_added/tiny/base/model.safetensors",
+    "model/raw_lora_added/tiny/stage.json", "model/00_trained/tiny/final/adapter_model.safetensors",
+    "model/00_trained/tiny/checkpoint-*/optimizer.pt", "model/00_trained/tiny/checkpoint-*/trainer_state.json",
+    "model/01_trained/tiny/evaluation.json", "model/01_trained/tiny/training_info.json",
+    "model/02_trained/tiny/README.md", "model/02_trained/tiny/stage.json", "model/report/tiny/scores/base.json",
+    "model/report/tiny/index.html", "model/report/tiny/summary.json", "data/sample/02_refined/.stages/refine_*.json",
+    *["*"] * 3,
+)  # fmt: skip
+
+
+def test_a_flipped_bit_anywhere_is_named(here, load_program, capsys):
+    """Twenty places by seed."""
+    from medgemma_korean import cli
+
+    verify, rng = load_program("verify"), random.Random(17)
+    for place in PLACES:
+        files = sorted(made_files(here) if place == "*" else here.glob(place))
+        file = rng.choice([f for f in files if f.stat().st_size])
+        with flipped(file, rng):
+            code = cli.run(lambda: verify.main(["--quick"]))
+            text = "".join(capsys.readouterr())
+            assert code == 2 and str(file.relative_to(here)) in text, (file, text[-2000:])
+    assert cli.run(lambda: verify.main(["--quick"])) == 0
+
+
+@pytest.mark.parametrize(
+    ("place", "kind"),
+    [
+        ("model/raw/tiny/model.safetensors", "raw_lora_added"),
+        ("model/raw_lora_added/tiny/base/model.safetensors", "00_trained"),
+        ("model/raw_lora_added/tiny/adapter/adapter_model.safetensors", "00_trained"),
+        ("model/raw_lora_added/tiny/stage.json", "00_trained"),
+        ("model/report/tiny/scores/base.json", "00_trained"),
+        ("data/sample/02_refined/00_plain_text/train.jsonl", "00_trained"),
+        ("model/00_trained/tiny/final/tokenizer.json", "01_trained"),
+        ("model/01_trained/tiny/final/adapter_model.safetensors", "01_another_lora_added"),
+        ("model/01_another_lora_added/tiny/base/config.json", "02_trained"),
+    ],
+)
+def test_nothing_is_built_on_a_flipped_bit(place, kind, finished):
+    root, _ = finished
+    command = {
+        "raw_lora_added": ("model/add_lora.py",),
+        "00_trained": ("train/train_00_plain_text.py",),
+        "01_trained": ("train/train_01_medical_dict.py",),
+        "01_another_lora_added": ("model/add_lora.py", "--second"),
+        "02_trained": ("train/train_02_kor_med_test.py",),
+    }[kind]
+    folder, aside = root / "model" / kind / "tiny", root / "aside"
+    folder.rename(aside)
+    try:
+        with flipped(root / place, random.Random(3)):
+            result = program(root, *command)
+        text = result.stdout + result.stderr
+        assert result.returncode == 2 and Path(place).name in text and "Traceback" not in text, text[-2000:]
+        assert not folder.exists() and not list(folder.parent.glob(".tiny.partial/checkpoint-*"))
+    finally:
+        shutil.rmtree(folder.parent / ".tiny.partial", ignore_errors=True)
+        aside.rename(folder)
+
+
+def test_verify_asks_the_models_again(here, load_program, tmp_path, monkeypatch):
+    """Numbers that are not the model's are found although every hash is right; a model too large is not loaded."""
+    from medgemma_korean import cli, evaluation, shapes
+
+    verify = load_program("verify")
+    profile, paths = cli.resolve(verify.make_parser().parse_args([]))
+    (candidate,) = evaluation.candidates(paths, ["02"])
+    recorded = json.loads((paths.trained_02 / "evaluation.json").read_text())
+
+    def problems(change=lambda scores: None, model=candidate) -> list[str]:
+        scores = json.loads(json.dumps(recorded))
+        change(scores)
+        (tmp_path / "evaluation.json").write_text(json.dumps(scores))
+        return verify.check_model(model, tmp_path / "evaluation.json", profile, paths)[0]
+
+    def shift(scores):
+        for row in scores["predictions"]:
+            row["log_probs"]["A"] += 1
+
+    def rename(scores):
+        for row in scores["predictions"]:
+            row["predicted"] = min(row["log_probs"], key=row["log_probs"].get)
+
+    assert problems() == []
+    assert len([p for p in problems(shift) if re.search(r"a log-probability is (0\.9|1\.0)", p)]) == verify.ITEMS
+    assert len([p for p in problems(rename) if "is not that of its log-probabilities" in p]) == verify.ITEMS
+    bits = problems(
+        lambda scores: scores["bits_per_character"].update(medical=recorded["bits_per_character"]["medical"] * 1.02)
+    )
+    assert len(bits) == 1 and "medical bits per character are" in bits[0]
+    assert problems(model=dataclasses.replace(candidate, adapter=None))  # the base alone answers otherwise
+    monkeypatch.setattr(shapes, "free_ram", lambda: 1e8)
+    found, done = verify.check_model(candidate, paths.trained_02 / "evaluation.json", profile, paths)
+    assert found == [] and re.fullmatch(r"not loaded: up to 1\.0 GB of main memory, 0\.1 GB are free", done)
+
+
+def test_files_have_the_mode_of_the_umask(finished):
+    root, _ = finished
+    umask = os.umask(0o022)
+    os.umask(umask)
+    wrong = {p: oct(p.stat().st_mode) for p in made_files(root) if p.stat().st_mode & 0o666 != 0o666 & ~umask}
+    assert not wrong

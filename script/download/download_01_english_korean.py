@@ -24,6 +24,7 @@ from medgemma_korean.sources import BY_KEY, SOURCES
 from medgemma_korean.stage import Input, Stage
 
 FORMAT = 1
+MOST = 4e9  # bytes of an unpacked member; the largest OPUS corpus of these languages is a quarter of it
 KNOWN = [s.key for s in SOURCES if s.kind == "translation" and s.stage == "01" and s.place != "manual"]
 COLUMNS = (("en", "english"), ("ko", "non_english"))  # ours, then the hub set's
 
@@ -61,17 +62,27 @@ def read_members(archive: Path) -> Iterator[tuple[str, bytes]]:
     try:
         if zipfile.is_zipfile(archive):
             with zipfile.ZipFile(archive) as file:
-                for name in file.namelist():
-                    yield name, file.read(name)
+                for member in file.infolist():
+                    if not member.is_dir():
+                        _require_size(archive, member.filename, member.file_size)
+                        yield member.filename, file.read(member)
         else:
             with tarfile.open(archive) as file:
                 for member in file:
-                    if member.isfile():
+                    if member.isfile():  # no link, no device
+                        _require_size(archive, member.name, member.size)
                         yield member.name, file.extractfile(member).read()
-    except (zipfile.BadZipFile, tarfile.TarError, EOFError, zlib.error, NotImplementedError) as error:
+    except (zipfile.BadZipFile, tarfile.TarError, EOFError, zlib.error, RuntimeError) as error:  # that: encrypted
         raise PipelineError(
             f"{show(archive)}: damaged archive ({error}); delete it, and the same command fetches it again"
         ) from None
+
+
+def _require_size(archive: Path, name: str, size: int) -> None:
+    """Refuse what would fill the memory when it is unpacked. Raises PipelineError."""
+    if size > MOST:
+        what = f"{cli.size_text(size)}, more than {cli.size_text(MOST)}"
+        raise PipelineError(f"{show(archive)}: {name[:100]!r} unpacks to {what}; it is no corpus of sentence pairs")
 
 
 def aligned(archive: Path) -> tuple[list[str], list[str]]:

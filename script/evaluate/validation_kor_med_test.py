@@ -27,6 +27,7 @@ import argparse
 import datetime
 import functools
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ from medgemma_korean import batches, cli, contamination, evaluation, harness, mc
 from medgemma_korean.cli import PipelineError, log
 from medgemma_korean.paths import RunPaths, show
 from medgemma_korean.profiles import ModelProfile
+from medgemma_korean.stage import vouch
 from medgemma_korean.statistics import wilson
 from medgemma_korean.ticker import Ticker
 
@@ -360,6 +362,7 @@ def write_failed(
 def main(argv: list[str] | None = None) -> int:
     args = make_parser().parse_args(argv)
     profile, paths = cli.resolve(args)
+    begun = time.monotonic()
     cli.start_logging(paths, PROGRAM)
     require_options(args)
     evaluation.require_held_out(paths)
@@ -394,6 +397,8 @@ def main(argv: list[str] | None = None) -> int:
     }
     file = validation_folder(paths) / f"{label(split, args)}.json"
     records.write_json(file, summary)
+    answers = [file.with_name(f"{file.stem}-{name}.jsonl") for name in results]
+    vouch(PROGRAM, [file, *answers], time.monotonic() - begun)
     if args.failed_questions:
         write_failed(paths, results, checkpoints, items)
     exams = list(next(iter(results.values()))["mcq"]["exams"])

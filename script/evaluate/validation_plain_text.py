@@ -15,12 +15,14 @@ from __future__ import annotations
 import argparse
 import math
 import sys
+import time
 from typing import Any
 
 from medgemma_korean import cli, evaluation, precision, records
 from medgemma_korean import tokenizer as tokenizers
 from medgemma_korean.cli import PipelineError, log
 from medgemma_korean.paths import show
+from medgemma_korean.stage import vouch
 from medgemma_korean.ticker import Ticker
 
 OUTPUT = "validation_plain_text.json"
@@ -72,6 +74,7 @@ def make_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     args = make_parser().parse_args(argv)
     profile, paths = cli.resolve(args)
+    begun = time.monotonic()
     cli.start_logging(paths, "validation_plain_text")
     evaluation.require_held_out(paths)
     candidates = evaluation.candidates(paths, args.models)
@@ -99,6 +102,7 @@ def main(argv: list[str] | None = None) -> int:
         "models": models,
     }
     records.write_json(paths.report / OUTPUT, result)
+    vouch("validation_plain_text", [paths.report / OUTPUT], time.monotonic() - begun)
     header = ["model", *(f"bits/char {k}" for k in evaluation.LANGUAGES), *(f"ppl {k}" for k in evaluation.LANGUAGES)]
     log.info("\n%s\n", cli.table(rows(models), header))
     log.info("precision %s; lower is better; written to %s", asked, show(paths.report / OUTPUT))

@@ -67,7 +67,7 @@ def _shards(folder: Path) -> set[str]:
     if not (folder / INDEX).is_file():
         return set()
     try:
-        return set(records.read_json(folder / INDEX)["weight_map"].values())
+        return set(checkpoints.weight_map(folder).values())
     except (KeyError, TypeError, AttributeError):
         raise PipelineError(f"{show(folder / INDEX)}: not an index of weights") from None
 

@@ -58,7 +58,7 @@ class Checkpoint:
     def _stored(self) -> Iterator[tuple[str, str]]:
         index = self.folder / INDEX
         if index.is_file():
-            yield from records.read_json(index)["weight_map"].items()
+            yield from weight_map(self.folder).items()
             return
         if not (self.folder / SINGLE).is_file():
             raise PipelineError(f"{show(self.folder)}: no weights there ({SINGLE} or {INDEX})")
@@ -100,6 +100,14 @@ def shapes_of(config: Any) -> dict[str, torch.Size]:
     return {name: tensor.shape for name, tensor in tensors.items() if name != HEAD}
 
 
+def weight_map(folder: Path) -> dict[str, str]:
+    """Tensor -> file beside the index. Raises PipelineError for a file elsewhere, KeyError and so on for no index."""
+    found = records.read_json(folder / INDEX)["weight_map"]
+    for name in set(found.values()):
+        records.require_inside(name, show(folder / INDEX))
+    return found
+
+
 def write(folder: Path, config: Any, tensors: Iterator[tuple[str, torch.Tensor]], dtype: str) -> None:
     """Write a text-only checkpoint that plain `from_pretrained` reads: files of about SHARD_BYTES, and an index."""
     import torch
@@ -115,6 +123,7 @@ def write(folder: Path, config: Any, tensors: Iterator[tuple[str, torch.Tensor]]
 
     def flush() -> None:
         save_file(held, folder / f"part-{len(files)}", metadata={"format": "pt"})
+        records.share(folder / f"part-{len(files)}")
         files.append(list(held))
         held.clear()
 
@@ -322,7 +331,7 @@ def _logits(folder: Path, ids: list[int], dtype: str, adapter: Adapter | None = 
     places |= {f"model.layers.{i}": "disk" for i in range(layers)}
     with tempfile.TemporaryDirectory() as unused, torch.inference_mode():
         model = Gemma3ForCausalLM.from_pretrained(
-            folder, dtype=getattr(torch, dtype), device_map=places, offload_folder=unused
+            folder, dtype=getattr(torch, dtype), device_map=places, offload_folder=unused, use_safetensors=True
         ).eval()
         if adapter:
             _attach(model, adapter)

@@ -7,8 +7,11 @@ Exit codes: 0 done or already complete, 1 a bug (traceback in the log), 2 usage,
 from __future__ import annotations
 
 import argparse
+import contextlib
 import errno
+import fcntl
 import logging
+import logging.handlers
 import os
 import re
 import signal
@@ -16,7 +19,7 @@ import sys
 import time
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from medgemma_korean import processes, profiles
@@ -25,6 +28,9 @@ from medgemma_korean.paths import RunPaths
 EXIT_DONE, EXIT_BUG, EXIT_INPUT, EXIT_GATE, EXIT_INTERRUPTED = 0, 1, 2, 3, 130
 
 log = logging.getLogger("medgemma_korean")
+
+# Of logs/pipeline_<name>.log: a day of a training is 1 MB, so that three files hold months.
+LOG_BYTES, LOG_FILES = 20_000_000, 3
 
 
 class PipelineError(Exception):
@@ -107,16 +113,103 @@ def resolve(args: argparse.Namespace) -> tuple[profiles.ModelProfile, RunPaths]:
 # logging ------------------------------------------------------------------------------------------------
 
 
-class _Mask(logging.Filter):
-    """Keeps access tokens and e-mail addresses out of every log line."""
+# Secrets by their shape. What stands in a group of its own stays; the rest of the match becomes ***. Every repetition
+# is bounded or follows a word of its own, so that a long line takes no longer than its length.
+_SECRETS = re.compile(
+    r"""(?ix)
+    (?-i:hf_[A-Za-z0-9]{10,})
+    | (authorization\\?["']?\s{0,9}[:=]\s{0,9}\\?["']?)(?:[a-z]{1,20}\s{1,9})?[^\s"',}\\]+
+    | (\bbearer\s{1,9})[^\s"',}\\]+
+    | ([?&](?:x-amz-[\w-]+|x-goog-[\w-]+|signature|sig|policy|key-pair-id|credential|token|access_token)=)[^&\s"']+
+    | ((?:api[_-]?key|token|secret|password|passwd)\\?["']?\s{0,9}[=:]\s{0,9}\\?["']?)
+      (?![\d.,e+-]{1,40}(?:[\s"',}\\]|$))(?=[^\s"',}\\]{0,99}\d)[^\s"',}\\]{8,}     # no number
+    | (://)[^\s/@]{1,256}(?=@)                             # user:password of an address
+    | (?<![\w.+-])[\w.+-]{1,64}@[\w-]{1,64}\.[\w.]{2,20}  # an e-mail address
+    """
+)
+_SECRET_NAMES = re.compile(r"(?:TOKEN|API_?KEY|SECRET|PASSWORD)$", re.IGNORECASE)  # of environment variables
+# Escape sequences of terminals, and control characters but for tab and line feed: data must not steer a terminal.
+_CONTROLS = re.compile(
+    r"\x1b\[[0-?]{0,40}[ -/]{0,4}[@-~]|\x1b\][^\x07\x1b]{0,400}(?:\x07|\x1b\\)?|[\x00-\x08\x0b-\x1f\x7f-\x9f]"
+)
 
-    SECRETS = re.compile(r"hf_[A-Za-z0-9]{10,}|(?<=Bearer )\S+|[\w.+-]{1,64}@[\w-]{1,64}\.[\w.]{2,20}")
+
+def masked(text: str) -> str:
+    """The text without access tokens, passwords, signatures of addresses and e-mail addresses."""
+    for name in filter(_SECRET_NAMES.search, os.environ):
+        if len(value := os.environ[name]) >= 8:
+            text = text.replace(value, "***")
+    return _SECRETS.sub(lambda found: "".join(group or "" for group in found.groups()) + "***", text)
+
+
+class _Mask(logging.Filter):
+    """Keeps secrets and control characters out of every log line."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         # A name of a file that is no UTF-8 holds halves of characters, which no log takes.
         text = record.getMessage().encode("utf-8", "backslashreplace").decode()
-        record.msg, record.args = self.SECRETS.sub("***", text), ()
+        if record.exc_info:  # or the formatter would add the traceback after the mask
+            text += "\n" + "".join(traceback.format_exception(*record.exc_info)).rstrip()
+            record.exc_info = record.exc_text = None
+        record.msg, record.args = _CONTROLS.sub("", masked(text)), ()
         return True
+
+
+class LogFile(logging.handlers.WatchedFileHandler):
+    """Appends to a log that several processes write, and cuts it over by size: `.log` becomes `.log.1`, and so on.
+
+    A file that another process has renamed is opened anew before the next line, so that no line is lost or cut;
+    `tail -F` follows. Together LOG_FILES files of LOG_BYTES stay, and what their last lines have more.
+    """
+
+    def emit(self, record: logging.LogRecord) -> None:
+        with contextlib.suppress(OSError):  # a disk that is full or gone: emit has its own way to say so
+            roll(Path(self.baseFilename), LOG_BYTES, LOG_FILES)
+        super().emit(record)
+
+
+def roll(file: Path, most: int, kept: int) -> bool:
+    """Rename a file of at least `most` bytes to `<name>.1`, the older ones one further; `kept` files stay in all.
+
+    Of several processes one does it. Who has the file open writes on into the renamed one.
+    """
+    if _size_of(file) < most:
+        return False
+    lock = os.open(file.with_name(f".{file.name}.roll"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    try:
+        with contextlib.suppress(OSError):  # a disk that knows no locks
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        if _size_of(file) < most:
+            return False
+        names = [file, *(file.with_name(f"{file.name}.{number}") for number in range(1, kept))]
+        for older, newer in zip(reversed(names[1:]), reversed(names[:-1]), strict=True):
+            with contextlib.suppress(FileNotFoundError):
+                os.replace(newer, older)
+        return True
+    finally:
+        os.close(lock)
+
+
+def _size_of(file: Path) -> int:
+    try:
+        return file.stat().st_size
+    except FileNotFoundError:
+        return 0
+
+
+@contextlib.contextmanager
+def silent() -> Iterator[None]:
+    """Nothing is logged, and no log is opened: for what asks a program instead of running it (`stage.ask`)."""
+    _silent.append(True)
+    before, log.disabled = log.disabled, True
+    try:
+        yield
+    finally:
+        log.disabled = before
+        _silent.pop()
+
+
+_silent: list[bool] = []
 
 
 # Loggers whose warnings repeat in every process and tell a user nothing. Named one by one, so that a warning
@@ -141,17 +234,24 @@ QUIET_LOGGERS = (
 
 def start_logging(paths: RunPaths, program: str) -> None:
     """Log to the terminal and, with the time, to `logs/pipeline_<name>.log`; of several processes only errors."""
+    if _silent:
+        return
     paths.logs.mkdir(parents=True, exist_ok=True)
     log.setLevel(logging.INFO if processes.is_main() else logging.ERROR)
     log.handlers.clear()
     terminal = logging.StreamHandler(sys.stdout)
     terminal.setFormatter(logging.Formatter("%(message)s"))
-    file = logging.FileHandler(paths.log, encoding="utf-8")
+    file = LogFile(paths.log, encoding="utf-8")
     file.setFormatter(logging.Formatter(f"%(asctime)s {program}: %(message)s", "%Y-%m-%d %H:%M:%S"))
     for handler in (terminal, file):
         handler.addFilter(_Mask())
         log.addHandler(handler)
     log.propagate = False
+    quiet_libraries()
+
+
+def quiet_libraries() -> None:
+    """No progress bars, no telemetry, and of what the libraries repeat in every process only errors."""
     for name in QUIET_LOGGERS:
         logging.getLogger(name).setLevel(logging.ERROR)
     # Deprecation notes are for the developers of libraries; ranges in requirements.txt hold their versions.
@@ -247,7 +347,7 @@ def _say(message: str) -> None:
     if log.handlers:
         log.error(message)
     else:
-        print(_Mask.SECRETS.sub("***", message), file=sys.stderr)
+        print(_CONTROLS.sub("", masked(message)), file=sys.stderr)
 
 
 def count(number: int, noun: str) -> str:

@@ -95,7 +95,7 @@ class Plan:
             # Should the file change between two attempts, If-Range has it sent whole instead of a piece of another.
             version = entry.get("etag") or entry.get("last-modified")
             headers = {"Accept-Encoding": "identity"} | ({"If-Range": version} if version else {})
-            return File(name, entry["size"], entry["url"], headers)
+            return File(name, entry["size"], _with_login(entry["url"]), headers)
         from huggingface_hub import hf_hub_url
         from huggingface_hub.utils import build_hf_headers
 
@@ -205,6 +205,7 @@ def survey(wanted: list[Want], args: argparse.Namespace) -> list[Plan]:
 
 def _plan(want: Want, args: argparse.Namespace) -> Plan:
     known = records.read_json(want.pin) if want.pin.is_file() else None
+    _require_inside(want, known)
     if known is None and want.into is None and want.target.is_dir() and any(want.target.iterdir()):
         return Plan(want, None)
     asked = getattr(args, "max_gb", None)
@@ -232,6 +233,12 @@ def _plan(want: Want, args: argparse.Namespace) -> Plan:
     ]
     plan.rebuild = not published or bool(plan.missing) or (plan.changed and not _holds(want.target, plan.files))
     return plan
+
+
+def _require_inside(want: Want, origin: dict[str, Any] | None) -> None:
+    """Raise PipelineError where a list of files, of a hub or of a pin, names one outside the folder it goes to."""
+    for name in (origin or {}).get("files", {}):
+        records.require_inside(name, want.source.id)
 
 
 def _announced(origin: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -286,6 +293,7 @@ def resolve(want: Want, revision: str | None, max_gb: float) -> dict[str, Any]:
             continue
         total += entry["size"]
         chosen[name] = entry
+    _require_inside(want, {"files": chosen})
     if source.kind == "plain text" and total > max_gb * 1e9:
         log.warning(
             "%s: its file of %s is more than --max-gb %g, and is fetched whole", source.key, size_text(total), max_gb
@@ -354,9 +362,9 @@ def _resolve_url(want: Want) -> dict[str, Any]:
         hf_raise_for_status(answer)
         if "Content-Length" not in answer.headers:
             raise PipelineError(f"{url}: the server does not say how large the file is; fetch it by hand")
-        entry = {"size": int(answer.headers["Content-Length"]), "url": url}
+        entry = {"size": int(answer.headers["Content-Length"]), "url": _without_login(url)}
         entry |= {k: v for k in ("etag", "last-modified") if (v := answer.headers.get(k, ""))}
-        revision = (answer.headers.get("etag") or answer.headers.get("last-modified") or url).strip('W/"')
+        revision = (answer.headers.get("etag") or answer.headers.get("last-modified") or entry["url"]).strip('W/"')
         return {"revision": revision, "gated": False, "files": {Path(urlsplit(url).path).name: entry}}
     raise PipelineError(
         f"not found (404): {', '.join(tried)}; look for its new place and put the file in {show(want.target)}, "
@@ -391,6 +399,19 @@ def _head(url: str) -> Any:
 def _mirrored(url: str) -> str:
     mirror = os.environ.get(MIRROR_VARIABLE, "").rstrip("/")
     return mirror + urlsplit(url).path if mirror else url
+
+
+def _without_login(url: str) -> str:
+    """The address without `user:password@`: pins and stage records are files that are passed on."""
+    parts = urlsplit(url)
+    return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
+
+
+def _with_login(url: str) -> str:
+    """The address as the mirror of today wants it, where it is that mirror's."""
+    mirror, parts = urlsplit(os.environ.get(MIRROR_VARIABLE, "")), urlsplit(url)
+    own = mirror.netloc.rpartition("@")[2] == parts.netloc
+    return parts._replace(netloc=mirror.netloc).geturl() if own and "@" in mirror.netloc else url
 
 
 def _show_summary(plans: list[Plan]) -> None:
@@ -645,7 +666,7 @@ def _is_transport(error: Exception) -> bool:
 
 
 def _server(source: Source) -> str:
-    return "the hub" if source.place == "hub" else urlsplit(_mirrored(source.id)).netloc
+    return "the hub" if source.place == "hub" else urlsplit(_without_login(_mirrored(source.id))).netloc
 
 
 def _answer(status: int, want: Want) -> str:

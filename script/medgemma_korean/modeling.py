@@ -128,6 +128,7 @@ def load_base(
         quantization_config=_quantization(precision, dtype),
         device_map="auto" if max_memory else {"": device},
         max_memory=max_memory,
+        use_safetensors=True,  # never a pickle
         output_loading_info=True,
     )
     foreign = [k for k in info["unexpected_keys"] if "vision_tower" not in k and "multi_modal_projector" not in k]
@@ -204,6 +205,7 @@ def save_model(model: Any, folder: Path) -> None:
     would reload with every tensor missing.
     """
     model.save_pretrained(folder, save_original_format=False, safe_serialization=True)
+    records.share(folder)
 
 
 def generation_config(tokenizer: Any, rows: int) -> Any:
@@ -305,6 +307,7 @@ def save_adapter(model: Any, folder: Path) -> None:
                 config.target_modules = sorted(config.target_modules)
         model.save_pretrained(folder, state_dict=state, save_embedding_layers=False)
         (folder / "README.md").unlink(missing_ok=True)  # PEFT's template; our card is beside `final`
+        records.share(folder)
 
 
 def load_adapter_weights(model: Any, folder: Path) -> None:

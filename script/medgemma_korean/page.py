@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import html
 import os
+import time
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,7 +19,7 @@ from typing import Any
 from medgemma_korean import cli, mcq, plots, progress, records, report
 from medgemma_korean.paths import RunPaths
 from medgemma_korean.profiles import ModelProfile
-from medgemma_korean.stage import RECORD_NAME, read_record
+from medgemma_korean.stage import RECORD_NAME, check_outputs, read_record, record_beside, vouch
 
 TEMPLATES = Path(__file__).parent / "templates"
 NOT_A_DEVICE = (
@@ -734,10 +735,12 @@ def compare_page(runs: Sequence[RunPaths], cited: str) -> Page:
 
 
 def write(page: Page, file: Path, cited: Path) -> bool:
-    """Write a page, its figures and the JSON it cites; False where all of it is there already."""
+    """Write a page, its figures and the JSON it cites, and a record of them; False where all of it is there already."""
+    begun = time.monotonic()
     images = {file.parent / name: content for name, content in page.images.items()}
     same = (
-        file.is_file()
+        not _altered(record_beside(file))
+        and file.is_file()
         and file.read_text(encoding="utf-8") == page.html
         and cited.is_file()
         and records.read_json(cited) == page.summary
@@ -751,4 +754,13 @@ def write(page: Page, file: Path, cited: Path) -> bool:
     for image, content in images.items():
         records.write_bytes(image, content)
     records.write_text(file, page.html)
+    vouch("report", [file, cited, *images], time.monotonic() - begun)
     return True
+
+
+def _altered(record: Path) -> bool:
+    """Whether a page has no sound record; it is then written anew."""
+    try:
+        return read_record(record) is None or bool(check_outputs(record))
+    except cli.PipelineError:
+        return True

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import errno
 import os
 import time
 from pathlib import Path
 from typing import Any
 
-from medgemma_korean import processes, records
+from medgemma_korean import cli, processes, records
 from medgemma_korean.paths import DRIVER_STAGES, RunPaths, show
 
 _STAGE_OF = {
@@ -24,6 +25,9 @@ _STAGE_OF = {
     "add": "add_lora",
     "report": "report",
 }
+
+# Of logs/metrics_<name>.jsonl: an event is about 250 bytes, so that three files hold a month at one every ten seconds.
+METRICS_BYTES, METRICS_FILES = 20_000_000, 3
 
 # The stage that the driver runs a program for, in that program's environment.
 DRIVER_VARIABLE = "MEDGEMMA_KOREAN_STAGE"
@@ -92,13 +96,32 @@ def update(
 
 
 def event(paths: RunPaths, program: str, **values: Any) -> None:
-    """Append one event to `logs/metrics_<name>.jsonl`."""
+    """Append one event to `logs/metrics_<name>.jsonl`, a whole line or none; the file is cut over by size.
+
+    Raises OSError where the disk is full.
+    """
     if not processes.is_main():
         return
     paths.metrics.parent.mkdir(parents=True, exist_ok=True)
-    line = records.dump({"time": round(time.time(), 3), "program": program, **values})
-    with open(paths.metrics, "a", encoding="utf-8") as file:
-        file.write(line + "\n")
+    values = {key: cli.masked(value) if isinstance(value, str) else value for key, value in values.items()}
+    line = records.dump({"time": round(time.time(), 3), "program": program, **values}) + "\n"
+    cli.roll(paths.metrics, METRICS_BYTES, METRICS_FILES)
+    _append(paths.metrics, line.encode())
+
+
+def _append(path: Path, line: bytes) -> None:
+    """Append in one write, which processes that append at once do not cut; undone where the disk took a part."""
+    file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    try:
+        size = os.fstat(file).st_size
+        if size and os.pread(file, 1, size - 1) != b"\n":  # of a writer that was killed
+            line = b"\n" + line
+        written = os.write(file, line)
+        if written < len(line):
+            os.ftruncate(file, size)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+    finally:
+        os.close(file)
 
 
 def duration(seconds: float) -> str:
@@ -227,8 +250,9 @@ def changed_inputs(record_path: Path, paths: RunPaths, thorough: bool = False) -
     file whose size and time are unchanged counts as unchanged.
     """
     from medgemma_korean import base_model  # which imports this module
+    from medgemma_korean.stage import read_record
 
-    record = records.read_json(record_path)
+    record = read_record(record_path)
     home = record_path.parent / record["home"]
     found = []
     plain = record.get("base_files")
@@ -237,7 +261,7 @@ def changed_inputs(record_path: Path, paths: RunPaths, thorough: bool = False) -
             continue  # with its base, below
         path = Path(os.path.normpath(home / record["inputs"][role]))
         if path.is_relative_to(paths.models) or path.parent == paths.refined or (path / "stage.json").is_file():
-            maker = _maker_of(path)
+            maker = maker_of(path)
             now = maker["fingerprint"] if maker else None
             gap = "is incomplete" if path.exists() else "is gone"
         else:
@@ -250,18 +274,20 @@ def changed_inputs(record_path: Path, paths: RunPaths, thorough: bool = False) -
         folder = Path(os.path.normpath(record_path.parent / record["base_folder"]))
         found += [f"its base: {text}" for text in base_model.changed(folder, plain, thorough)]
     elif "base_folder" in record:
-        base = _maker_of(Path(os.path.normpath(record_path.parent / record["base_folder"])).parent)
+        base = maker_of(Path(os.path.normpath(record_path.parent / record["base_folder"])).parent)
         if base is None or base["fingerprint"] != record["base_fingerprint"]:
             found.append("its base is another one by now" if base else "its base is gone")
     return found
 
 
-def _maker_of(path: Path) -> dict[str, Any] | None:
+def maker_of(path: Path) -> dict[str, Any] | None:
     """The record of the stage that made a model folder or a refined file or folder."""
+    from medgemma_korean.stage import read_record
+
     if (path / "stage.json").is_file():
-        return records.read_json(path / "stage.json")
+        return read_record(path / "stage.json")
     for file in sorted((path.parent / ".stages").glob("refine_*.json")):
-        record = records.read_json(file)
+        record = read_record(file)
         made = (Path(os.path.normpath(file.parent / record["home"] / output)) for output in record["outputs"])
         if any(output.is_relative_to(path) for output in made):
             return record
@@ -279,5 +305,5 @@ def _content_of(path: Path, home: Path, known: dict[str, dict[str, Any]]) -> str
     for file in files_under(path):
         entry, stat = known.get(os.path.relpath(file, home)), file.stat()
         same = entry and (entry["size"], entry["mtime_ns"]) == (stat.st_size, stat.st_mtime_ns)
-        hashes[str(file.relative_to(base))] = entry["sha256"] if same else records.sha256(file)
+        hashes[str(file.relative_to(base))] = entry["sha256"] if same else records.sha256_once(file)
     return records.digest_of(hashes)

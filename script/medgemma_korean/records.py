@@ -11,6 +11,7 @@ import gzip
 import hashlib
 import json
 import os
+import stat
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -22,6 +23,7 @@ from medgemma_korean.cli import PipelineError
 LINE_SUFFIXES = (".jsonl", ".jsonl.gz", ".json.gz")
 SEAL = "seal"  # the key under which an object keeps the hash of its content
 ROW_SUFFIXES = (*LINE_SUFFIXES, ".json", ".parquet", ".arrow")
+NAME_BYTES = 200  # of a file name from data: disks take 255, and parts and previous results have longer names
 # What `datasets` writes beside its rows: save_to_disk, the hub's tools, and caches of a map or filter.
 NOT_ROWS = ("state.json", "dataset_info.json", "dataset_dict.json", "dataset_infos.json", "cache-*.arrow")
 
@@ -271,8 +273,9 @@ def write_sealed(path: Path, value: dict[str, Any]) -> None:
 
 
 def sealed(value: dict[str, Any]) -> dict[str, Any]:
-    """The object with a hash of its content under `seal`."""
-    return {**value, SEAL: digest_of(read_back(value))}
+    """The object with a hash of its content under `seal`, in place of one that it has."""
+    bare = read_back({k: v for k, v in value.items() if k != SEAL})
+    return {**bare, SEAL: digest_of(bare)}
 
 
 def seal_holds(value: dict[str, Any]) -> bool:
@@ -304,6 +307,35 @@ def write_bytes(path: Path, content: bytes) -> None:
         file.buffer.write(content)
 
 
+def share(path: Path) -> None:
+    """Give a file, or all files of a folder, the mode that the user's umask asks for: some libraries write 0600."""
+    wanted = 0o666 & ~_umask()
+    for file in [path] if path.is_file() else path.rglob("*"):
+        if file.is_file() and not file.is_symlink() and file.stat().st_mode & wanted != wanted:
+            file.chmod(stat.S_IMODE(file.stat().st_mode) | wanted)
+
+
+def _umask() -> int:
+    # Asking by os.umask() would set it, for all threads, for a moment.
+    with contextlib.suppress(OSError, StopIteration, ValueError):
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return int(next(line for line in lines if line.startswith("Umask:")).split()[1], 8)
+    current = os.umask(0o077)
+    os.umask(current)
+    return current
+
+
+def require_inside(name: str, what: str) -> str:
+    """A relative path that comes from data, as it is. Raises PipelineError for one that leaves the folder it is put in,
+    or that no disk takes."""
+    parts = name.split("/")
+    if not name or name.startswith("/") or "\\" in name or "\0" in name or {"", ".", ".."} & set(parts):
+        raise PipelineError(f"{what}: {name[:200]!r} is no name of a file below its folder; nothing of it is used")
+    if any(len(part.encode("utf-8", "surrogateescape")) > NAME_BYTES for part in parts):
+        raise PipelineError(f"{what}: {name[:60]!r}… is too long a file name; nothing of it is used")
+    return name
+
+
 def sha256(path: Path) -> str:
     """Hex digest of a file's bytes."""
     with open(path, "rb") as file:
@@ -321,8 +353,8 @@ _known: dict[tuple[int, int, int, int], str] = {}
 
 
 def _identity(path: Path) -> tuple[int, int, int, int]:
-    stat = path.stat()
-    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns  # survives a rename
+    now = path.stat()
+    return now.st_dev, now.st_ino, now.st_size, now.st_mtime_ns  # survives a rename
 
 
 def sha256_once(path: Path) -> str:

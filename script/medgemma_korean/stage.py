@@ -25,13 +25,13 @@ import shlex
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from medgemma_korean import processes, progress, records
+from medgemma_korean import cli, processes, progress, records
 from medgemma_korean.cli import EXIT_DONE, EXIT_GATE, Every, GateError, Interrupted, PipelineError, log
 from medgemma_korean.paths import REPOSITORY, RunPaths, show
 
@@ -89,7 +89,7 @@ def changed_files(described: dict[str, dict[str, Any]], home: Path, thorough: bo
     """What no longer matches its description. Quick: size and time; a new time alone makes it compare sha256."""
     wrong = []
     for relative, entry in described.items():
-        file = home / relative
+        file = Path(os.path.normpath(home / relative))  # "..": of the name, also where a folder is a link
         if not file.is_file():
             wrong.append(f"{show(file)} is missing")
             continue
@@ -125,7 +125,9 @@ def _no_record(path: Path, why: str = "") -> PipelineError:
 
 def check_outputs(record_path: Path, thorough: bool = False) -> list[str]:
     """What of a complete stage's outputs is missing or altered."""
-    record = read_record(record_path) or {"outputs": {}, "home": "."}
+    record = read_record(record_path)
+    if not record or not {"outputs", "home"} <= record.keys():
+        raise _no_record(record_path)
     return changed_files(record["outputs"], record_path.parent / record["home"], thorough)
 
 
@@ -179,7 +181,7 @@ class Stage:
             self._work = self.record_path.parent / f"{self.program}.partial"
         self._identity: dict[str, Any] | None = None
         self._started = time.monotonic()
-        self._resumed = False
+        self._resumed = self._verified = False
         self._tick = Every(1.0)  # a step may take milliseconds; the progress file is for people
         self._seen: list[dict[str, Any] | None] = []  # the record, once `already_complete` has looked for it
 
@@ -251,17 +253,23 @@ class Stage:
         """0 when this stage is complete with the same fingerprint (3 if its gate failed), None when it must run.
 
         Raises PipelineError when an input is absent or incomplete, or when a complete result differs and `force`
-        was not given.
+        was not given; where it must run also when an input is not what was made (GateError when its gate failed):
+        libraries that load a damaged file have other words for it.
         """
+        if _asking:
+            raise _Asked(self)
+        code = self._complete_already()
+        if code is None and processes.is_main():
+            self._verify_inputs()
+        return code
+
+    def _complete_already(self) -> int | None:
         self.identity()
         record = self._own_record()
         self._seen = [record]
         if record is None:
             return None
-        differences = self._differences(record)
-        if not differences:
-            # A disk may alter a file and not its time. Who asks for --force has been told of one, or suspects it.
-            differences = check_outputs(self.record_path, thorough=self.force)
+        differences = self.differences(record)
         if differences:
             if self.force:
                 log.info("redoing %s: %s", self.program, "; ".join(differences))
@@ -295,6 +303,13 @@ class Stage:
             return None
         return record
 
+    def differences(self, record: dict[str, Any]) -> list[str]:
+        """What keeps a record from being that of this stage as it is asked for, one line each."""
+        if not {"identity", "outputs", "home"} <= record.keys():
+            raise _no_record(self.record_path)
+        # A disk may alter a file and not its time. Who asks for --force has been told of one, or suspects it.
+        return self._differences(record) or check_outputs(self.record_path, thorough=self.force)
+
     def _differences(self, record: dict[str, Any]) -> list[str]:
         old, new = record["identity"], self.identity()
         if records.digest_of(old) == records.digest_of(new):
@@ -309,7 +324,9 @@ class Stage:
         return found or ["the record"]
 
     def _verify_inputs(self) -> None:
-        """Hash every input made by another stage; refuse an incomplete, altered or gate-failed one."""
+        """Hash every input made by another stage, once; refuse an incomplete, altered or gate-failed one."""
+        if self._verified:
+            return
         for item in self.inputs:
             record = read_record(item.record) if item.record else None
             if record is None:
@@ -317,11 +334,13 @@ class Stage:
             if not {"program", "outputs", "home"} <= record.keys():
                 raise _no_record(item.record)
             home = item.record.parent / record["home"]
-            whole = item.record.parent == item.path  # of a model folder, with the scores beside it
+            folder = item.path.resolve()
             inside = {
-                k: v
-                for k, v in record["outputs"].items()
-                if whole or (home / k).resolve().is_relative_to(item.path.resolve())
+                name: entry
+                for name, entry in record["outputs"].items()
+                # Scores beside it count too, unless the folder alone was brought from elsewhere.
+                if (home / name).resolve().is_relative_to(folder)
+                or (name.startswith("..") and Path(os.path.normpath(home / name)).is_file())
             }
             wrong = changed_files(inside, home, thorough=True)
             if wrong:
@@ -337,6 +356,7 @@ class Stage:
                     f"{item.role}: the gate of {record['program']} failed ({'; '.join(gate['reasons'])}); "
                     "to build on it all the same, add --allow-regression"
                 )
+        self._verified = True
 
     # during ---------------------------------------------------------------------------------------------
     @contextlib.contextmanager
@@ -380,12 +400,18 @@ class Stage:
         with self.lock():
             yield from self._at_work(resumable)
 
+    def begun_otherwise(self) -> list[str] | None:
+        """What keeps a resumable stage from continuing in its work folder, one line each; None where none was begun."""
+        begun = records.read_sealed(self._work / ".identity.json", ("format", "inputs", "settings"))
+        return None if begun is None else self._differences({"identity": begun})
+
     def _at_work(self, resumable: bool) -> Iterator[Path]:
         identity_file = self._work / ".identity.json"
+        if self._work.is_symlink():
+            self._work.unlink()
         if self._work.exists():
-            begun = records.read_sealed(identity_file, ("format", "inputs", "settings"))
-            if resumable and begun is not None:
-                differences = self._differences({"identity": begun})
+            differences = self.begun_otherwise() if resumable else None
+            if differences is not None:
                 if not differences:
                     self._resumed = True
                     log.info("continuing in %s", show(self._work))
@@ -424,6 +450,8 @@ class Stage:
         return self._resumed
 
     def _report(self, **values: Any) -> None:
+        if values.get("metric"):
+            values["metric"] = cli.masked(values["metric"])
         progress.update(self.paths, self.program, self.driver_stage, **values)
 
     def tick(self, done: int, total: int, metric: str = "") -> None:
@@ -479,16 +507,19 @@ class Stage:
             "steps": steps,
             "scores": scores,
             "gate": gate,
-            "warnings": self.warnings,
+            "warnings": [cli.masked(text) for text in self.warnings],
             "command": _command(),
             "versions": versions(),
             "seconds": round(time.monotonic() - self._started, 1),
+            "resumed": self._resumed,  # `seconds` are then those of its last part
             "peak_memory": peak_memory(),
             "finished": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
             **more,
         }
+        records.share(self._work)
         if self.record_inside:
-            record["outputs"] = describe([self._work], self._work) | describe(self.beside, home)
+            beside = [path for path in self.beside if path.is_file()]
+            record["outputs"] = describe([self._work], self._work) | describe(beside, self.outputs[0])
             records.write_sealed(self._work / RECORD_NAME, record)
             if old := records.move_aside(self.outputs[0]):
                 log.info("the old result is kept as %s", show(old))
@@ -514,7 +545,9 @@ class Stage:
             made = self._made(output)
             if made == output:
                 continue
-            if output.is_dir():
+            if output.is_symlink():
+                output.unlink()  # what it points to is not ours
+            elif output.is_dir():
                 shutil.rmtree(output)  # left by a kill between renames; no record vouches for it
             os.replace(made, output)
         shutil.rmtree(self._work)
@@ -550,10 +583,60 @@ def _command() -> str:
     return shlex.join(["python", str(program.relative_to(REPOSITORY)), *given])
 
 
+# asking -------------------------------------------------------------------------------------------------
+
+_asking: list[bool] = []
+
+
+class _Asked(Exception):
+    """Ends a program at the question whether it is complete."""
+
+
+def ask(main: Callable[[list[str]], int | None], argv: list[str]) -> Stage | None:
+    """The stage that a program would run with these options: its main, up to the question whether it is complete.
+
+    Nothing is written or logged. None where it asked nothing. Raises what stops the program before that question.
+    """
+    _asking.append(True)
+    try:
+        with cli.silent():
+            main(argv)
+    except _Asked as asked:
+        return asked.args[0]
+    finally:
+        _asking.pop()
+    return None
+
+
+def record_beside(file: Path) -> Path:
+    """Where the record of a file lies that no stage publishes (`vouch`)."""
+    return file.parent / ".stages" / f"{file.stem}.json"
+
+
+def vouch(program: str, files: list[Path], seconds: float) -> None:
+    """A record, beside the first of them, of files that no fingerprint guards: pages and tables, made anew at will."""
+    record_path = record_beside(files[0])
+    identity = {"program": program, "format": 1, "settings": {}, "inputs": {}}
+    home = files[0].parent
+    record = {
+        "program": program,
+        "fingerprint": records.digest_of(identity),
+        "identity": identity,
+        "home": "..",
+        "inputs": {},
+        "raw_files": {},
+        "seconds": round(seconds, 1),
+        "finished": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "outputs": describe(files, home),
+    }
+    records.write_sealed(record_path, record)
+
+
 def _locked(path: Path) -> int | None:
     """A descriptor that holds the lock file; None while another process has it, -1 where a disk knows no locks."""
     while True:
-        file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        # A data folder may come with links where ours go: the lock is emptied, and must not be another's file.
+        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -88,8 +88,16 @@ def publish(folder: Path, conversions: list[Conversion]) -> None:
 
 
 def made_before(folder: Path) -> dict[str, dict[str, str]]:
-    """What was converted in this folder: a set's .ifo -> the file it became, and that file's sha256."""
-    return records.read_json(folder / MADE) if (folder / MADE).is_file() else {}
+    """What was converted in this folder: a set's .ifo -> the file it became, and that file's sha256.
+
+    The note may have come with the data: what names none of the five files is not ours.
+    """
+    read = records.read_json(folder / MADE) if (folder / MADE).is_file() else {}
+    return {
+        ifo: mark
+        for ifo, mark in (read.items() if isinstance(read, dict) else ())
+        if isinstance(mark, dict) and mark.get("file") in BY_NAME and isinstance(mark.get("sha256"), str)
+    }
 
 
 def _convert(ifo: Path, folder: Path, made: dict[str, dict[str, str]]) -> Conversion | None:

@@ -119,6 +119,8 @@ class PartFile:
     def __init__(self, path: Path, file: File, add: Add) -> None:
         self.path, self.expected, self._add = path, file, add
         path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_symlink():
+            path.unlink()  # no part of ours: what it points to is not to be written
         # Unbuffered: what a full disk did not take must not be tried again by close(), which would raise in its place.
         self._file = open(path, "ab", buffering=0)  # noqa: SIM115 - closed by __exit__
         self.size = 0

@@ -243,6 +243,7 @@ def second(args: argparse.Namespace, profile: ModelProfile, paths: RunPaths, sta
         if before["precision"] != choice.precision:
             log.info("the base was scored in %s, and is scored again in %s", before["precision"], choice.precision)
             file = paths.scores(f"base-{choice.precision}")
+            stage.beside.append(file)
             before, _ = score(paths.raw_model, "base", choice, args, profile, paths, file=file)
         gate = evaluation.gate(before, after, profile)
         stage.complete(
