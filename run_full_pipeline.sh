@@ -229,6 +229,8 @@ stage() {  # NAME PROGRAM [ARGUMENT...]: run one stage, unless it is skipped or 
   # A signal ends `wait` early, with a code of its own; the stage's own code is had when it is gone.
   while kill -0 "$child" 2> /dev/null; do wait "$child" || true; done
   [[ ! $stopping ]] || { code=0; wait "$child" || code=$?; }
+  # A program that was killed could not end its workers, which may go on writing.
+  ((code <= 128 || code == 130)) || kill -KILL -- "-$child" 2> /dev/null || true
   child=
   # 143: the signal came before the program was ready to catch it; 137: --stop now.
   [[ ! $stopping || ! $code =~ ^(143|137)$ ]] || code=130

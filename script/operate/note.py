@@ -32,14 +32,14 @@ def begin(args: argparse.Namespace, paths: RunPaths) -> None:
         why = progress.why_gone(held) or "it could not say that it ended"
         since = progress.moment(held["since"])
         print(f"a stale lock is cleaned up: pid {held['pid']}, which began {since}, is gone; {why}")
-    progress.take(paths, args.pid, args.command)
     with progress.changing(paths) as whole:
         for stage, entry in whole["stages"].items():
             if entry["state"] == "running" and not progress.is_at_work(entry):
                 entry["state"] = "interrupted"
-            if stage in args.stages.split() and entry["state"] in ("interrupted", "failed", "gate"):
+            if stage in args.stages.split() and entry["state"] in ("interrupted", "failed", "gate", "skipped"):
                 entry |= {"state": "waiting", "eta": None, "cause": None, "advice": None}
         whole["run"] = {"outcome": "running", "since": time.time(), "pid": args.pid, "stage": "", "message": ""}
+    progress.take(paths, args.pid, args.command)  # last: who sees the pid finds the progress file too
 
 
 def stage(args: argparse.Namespace, paths: RunPaths) -> None:
