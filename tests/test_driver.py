@@ -60,7 +60,7 @@ def test_help_is_quick_and_names_everything():
     assert done.returncode == 0
     options = "--model --data-dir --name --from --to --skip-00 --skip-01 --skip-02 --epochs-00 --epochs-01 --epochs-02"
     options += " --device --max-samples --force --allow-regression --background --status --json --stop --plan"
-    options += " --verify --no-veterinary --new-tokens --min-count"
+    options += " --verify --no-veterinary --new-tokens --min-count --on-finish MEDGEMMA_KOREAN_OUTCOME"
     for word in (*options.split(), *DRIVER_STAGES):
         assert word in done.stdout, word
 
@@ -268,7 +268,7 @@ def test_a_stage_whose_input_was_made_anew_differs(root):
     assert "is incomplete" in progress.changed_inputs(trained, paths)[0]
 
 
-@pytest.mark.parametrize("program", ["plan", "status", "stop", "verify"])
+@pytest.mark.parametrize("program", ["note", "plan", "status", "stop", "verify"])
 def test_operation_never_imports_torch(program):
     code = f"import sys, runpy; sys.argv = ['{program}', '--help']\n"
     code += f"try: runpy.run_path('{REPOSITORY}/script/operate/{program}.py', run_name='__main__')\n"
