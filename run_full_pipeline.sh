@@ -232,8 +232,8 @@ stage() {  # NAME PROGRAM [ARGUMENT...]: run one stage, unless it is skipped or 
   # A program that was killed could not end its workers, which may go on writing.
   ((code <= 128 || code == 130)) || kill -KILL -- "-$child" 2> /dev/null || true
   child=
-  # 143: the signal came before the program was ready to catch it; 137: --stop now.
-  [[ ! $stopping || ! $code =~ ^(143|137)$ ]] || code=130
+  # 143: SIGTERM came before the program was ready to catch it; 137 after a signal: --stop now.
+  [[ $code != 143 && ! ($stopping && $code == 137) ]] || code=130
   case $code in
     0) note_stage "$stage" --state complete ;;
     3) why=$(note_stage "$stage" --state gate --code 3); finish 3 "stopped at $stage by its gate" ;;
@@ -266,6 +266,7 @@ say "run $name: ${chosen// /, }${skipped:+; without ${skipped// /, }}; log $log"
 for skip in $skipped; do note_stage "$skip" --state skipped; done
 
 # the stages ---------------------------------------------------------------------------------------------
+{ # Bash reads a block as a whole before it runs: this file may be replaced in the days that follow.
 
 # Get the data and the base model, or check what is there already.
 stage download download/download_all.py "${skip_01[@]}"
@@ -296,3 +297,4 @@ stage report evaluate/report.py
 
 [[ ! $stopping ]] || finish 130 "interrupted after the last stage; the same command continues"
 finish 0 "run $name: done"
+}

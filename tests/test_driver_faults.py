@@ -5,6 +5,7 @@ import errno
 import json
 import os
 import pty
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import pytest
 from medgemma_korean import cli, progress, records
 from medgemma_korean.cli import GateError, PipelineError
 from medgemma_korean.paths import RunPaths
+from medgemma_korean.training import CHECKPOINT_MARK
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 DRIVER = REPOSITORY / "run_full_pipeline.sh"
@@ -38,9 +40,9 @@ def paths(root):
 def begin(paths, signals_heard):
     """begin(*arguments, **options of Popen): the driver, which hears signals as in a terminal."""
 
-    def begin(*arguments: str, **options) -> subprocess.Popen:
+    def begin(*arguments: str, program: Path = DRIVER, **options) -> subprocess.Popen:
         options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True} | options
-        return subprocess.Popen([str(DRIVER), *arguments], cwd="/", preexec_fn=signals_heard, **options)
+        return subprocess.Popen([str(program), *arguments], cwd="/", preexec_fn=signals_heard, **options)
 
     return begin
 
@@ -169,6 +171,20 @@ def test_a_terminal_that_closes_does_not_end_a_background_run(paths):
     assert_interrupted(paths)
 
 
+def test_a_driver_that_is_edited_while_it_runs(paths, begin, tmp_path):
+    """Bash reads a script bit by bit, and an update of the project may come in the middle of a run."""
+    for name in ("script", ".venv"):
+        (tmp_path / name).symlink_to(REPOSITORY / name)
+    copy = tmp_path / DRIVER.name
+    shutil.copy(DRIVER, copy)
+    driver = begin("--from", "refine", "--to", "prepare_tokenizer", "--skip-01", program=copy)
+    wait_for(lambda: paths.log.is_file() and "== refine" in paths.log.read_text())
+    copy.write_text("exit 99 '\n" * 2000)
+    output, _ = driver.communicate(timeout=120)
+    assert driver.returncode == 2 and "stopped at prepare_tokenizer" in output  # it has no base model
+    assert run_of(paths)["outcome"] == "failed" and state_of(paths, "refine") == "complete"
+
+
 def test_a_reader_that_goes_away_does_not_end_a_run(paths, begin):
     driver = begin(*REFINE)
     driver.stdout.close()
@@ -237,7 +253,7 @@ def test_a_driver_and_its_stage_are_killed_and_the_run_continues(paths):
 def test_a_killed_training_continues_with_the_same_command(paths):
     command = ("--to", "train_00", "--skip-01", "--max-samples", "40", "--epochs-00", "3", "--allow-regression")
     assert drive("--background", *command).returncode == 0
-    wait_for(lambda: list(paths.models.glob("00_trained/.tiny.partial/checkpoint-*")), 900)
+    wait_for(lambda: list(paths.models.glob(f"00_trained/.tiny.partial/checkpoint-*/{CHECKPOINT_MARK}")), 900)
     driver = int(paths.pid.read_text())
     (stage,) = [p for p in progress.lock_holders(paths) if not progress.is_driver(p)]
     os.kill(driver, signal.SIGKILL)

@@ -138,8 +138,7 @@ def update(
         # A killed process leaves "running" behind; the next one starts its own clock.
         same = (entry.get("state"), entry.get("program"), entry.get("pid")) == ("running", program, os.getpid())
         if "since" not in entry or (state == "running" and not same):
-            entry["since"] = now
-            entry.pop("first", None)
+            entry |= {"since": now, "first": None, "rate": None, "eta": None}
         if state != entry.get("state"):
             entry.pop("cause", None)
             entry.pop("advice", None)
@@ -182,7 +181,8 @@ def fail(
     stage = stage or stage_of(program)
     entry = read_state(paths)["stages"].get(stage, {})
     if everywhere or (entry.get("state"), entry.get("pid")) == (state, os.getpid()):
-        update(paths, entry.get("program", program), stage, state=state, cause=cause, advice=advice)
+        known = entry.get("program", stage)  # the driver, which began the stage, knows no program
+        update(paths, program if known == stage else known, stage, state=state, cause=cause, advice=advice)
 
 
 def event(paths: RunPaths, program: str, **values: Any) -> None:
@@ -277,21 +277,17 @@ def lock_file(paths: RunPaths) -> Path:
     return paths.pid.with_suffix(".lock")
 
 
-def is_alive(pid: int) -> bool:
-    """True for a process that exists and is not a zombie."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
-    except OSError:
-        return False
-
-
 def started(pid: int) -> int | None:
-    """When a living process began, in clock ticks since the machine did; None where there is no such process."""
+    """When a process began, in clock ticks since the machine did; None where there is none, or only a zombie."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
         return None
     return int(fields[19]) if fields[0] not in "ZX" else None  # field 22 of proc(5), counted behind the name
+
+
+def is_alive(pid: int) -> bool:
+    return started(pid) is not None
 
 
 def boot() -> str:
@@ -332,8 +328,8 @@ def holder_of(paths: RunPaths) -> dict[str, Any] | None:
 
 
 def is_elsewhere(held: dict[str, Any]) -> bool:
-    """Whether a holder is of another machine that shares this disk, so that nobody can see from here if it lives."""
-    return held["boot_id"] != boot() and held["host"] != socket.gethostname()
+    """Whether a holder is of another machine or container that shares this disk, and cannot be seen from here."""
+    return held["host"] != socket.gethostname() and not is_at_work(held)
 
 
 def why_gone(held: dict[str, Any]) -> str:
