@@ -41,8 +41,11 @@ how
   --allow-regression   go on where a gate fails
 operation
   --background         return at once; the run goes on when you log out
-  --status [--json]    how the run is going
-  --stop               end the run with its state saved; the same command continues it
+  --status [--json]    how the run is going, or how it ended, why, and what to do
+  --stop [now]         end the run with its state saved, or at once with its last checkpoint; the same command continues
+  --on-finish COMMAND  run a shell command (60 s at most) when the run ends, however it ends; in its environment
+                       MEDGEMMA_KOREAN_OUTCOME (done, gate, failed, interrupted), MEDGEMMA_KOREAN_CODE, and
+                       MEDGEMMA_KOREAN_RUN, MEDGEMMA_KOREAN_LAST_STAGE, MEDGEMMA_KOREAN_MESSAGE, MEDGEMMA_KOREAN_LOG
   --plan               what a run would do, without doing it
   --verify             re-hash everything that is complete, and check that it belongs together
   --help               this
@@ -57,7 +60,8 @@ die() { printf 'error: %s\n' "$*" >&2; exit 2; }
 # options ------------------------------------------------------------------------------------------------
 
 mode=run
-json=()
+json=() now=()
+on_finish=
 run=()                                   # which run: every program takes these
 range=()                                 # for plan.py alone
 force=() regression=() device=() samples=() skip_01=() veterinary=()
@@ -70,7 +74,7 @@ while (($#)); do
   case $1 in --?*=*) set -- "${1%%=*}" "${1#*=}" "${@:2}" ;; esac
   case $1 in
     --model | --data-dir | --name | --from | --to | --device | --max-samples | --epochs-0[012] | --new-tokens | \
-      --min-count | --precision | --processes)
+      --min-count | --precision | --processes | --on-finish)
       [[ $# -ge 2 && $2 != --* ]] || die "$1 needs a value; see --help" ;;
   esac
   case $1 in
@@ -94,17 +98,21 @@ while (($#)); do
     --force) force=("$1") ;;
     --allow-regression) regression=("$1") ;;
     --json) json=("$1") ;;
-    --background | --status | --stop | --plan | --verify) set_mode "$1" ;;
+    --on-finish) on_finish=$2; shift ;;
+    --stop) set_mode "$1"; [[ ${2-} != now ]] || { now=(now); shift; } ;;
+    --background | --status | --plan | --verify) set_mode "$1" ;;
     --help | -h) usage; exit 0 ;;
     *) die "$1: no such option; see --help" ;;
   esac
   shift
 done
 [[ ${#json[@]} == 0 || $mode == status ]] || die "--json goes with --status"
+[[ ! $on_finish || $mode =~ ^(run|background)$ ]] || die "--on-finish goes with a run"
 [[ ${#shard[@]} == 0 || ${#launch[@]} -gt 0 ]] || die "--shard goes with --processes N"
 [[ ${#shard[@]} == 0 || ${#precision[@]} -gt 0 ]] || precision=(--precision bf16)   # 8-bit weights cannot be divided
 training=("${precision[@]}" "${shard[@]}")
-asked=("${run[@]}" "${range[@]}" "${samples[@]}" "${device[@]}" "${force[@]}" "${regression[@]}")
+asked=("${run[@]}" "${range[@]}" "${samples[@]}" "${device[@]}" "${force[@]}" "${regression[@]}" "${tokens[@]}" "${precision[@]}" "${veterinary[@]}")
+[[ ${#launch[@]} == 0 ]] || asked+=(--processes "${launch[1]}" "${shard[@]}")
 
 # environment and operation ------------------------------------------------------------------------------
 
@@ -112,7 +120,7 @@ asked=("${run[@]}" "${range[@]}" "${samples[@]}" "${device[@]}" "${force[@]}" "$
 
 case $mode in
   # These two answer although the set-up is out of date, for instance after the folder was moved.
-  status | stop) PYTHONPATH=$script exec "$python" "$script/operate/$mode.py" "${run[@]}" "${json[@]}" ;;
+  status | stop) PYTHONPATH=$script exec "$python" "$script/operate/$mode.py" "${run[@]}" "${json[@]}" "${now[@]}" ;;
   verify) exec "$python" "$script/operate/$mode.py" "${run[@]}" ;;
   plan) exec "$python" "$script/operate/plan.py" "${asked[@]}" ;;
 esac
@@ -122,21 +130,30 @@ answers=$("$python" "$script/operate/plan.py" "${asked[@]}" --paths) || exit $?
 name='' log='' pid='' lock='' progress='' chosen='' skipped='' demonstration=''
 while IFS='=' read -r key value; do printf -v "$key" '%s' "$value"; done <<< "$answers"
 
+note() { "$python" "$script/operate/note.py" "${run[@]}" "$@"; }
+
+# One run of a name. The lock ends with the processes that hold it; who they are stands in a file beside it. The
+# driver of a background run is handed the lock, open.
 mkdir -p "$(dirname "$log")" || die "$(dirname "$log") cannot be made"
-exec 9>> "$lock"
-if ! flock -n 9; then
+[[ /proc/$$/fd/9 -ef $lock ]] || exec 9>> "$lock" || exit 2
+locked=0
+flock --nonblock --conflict-exit-code 75 9 || locked=$?
+if [[ $locked == 75 ]]; then
   exec 9>&-
-  die "$("$python" "$script/operate/status.py" "${run[@]}" --holder)"
+  die "$(note holder --locked)"
+elif [[ $locked != 0 ]]; then   # a disk without locks: the file beside it must do
+  holder=$(note holder)
+  [[ ! $holder ]] || die "$holder"
 fi
 
 if [[ $mode == background ]]; then
-  exec 9>&-
   arguments=()
   for argument in "${given[@]}"; do [[ $argument == --background ]] || arguments+=("$argument"); done
   setsid nohup "$BASH" "$project/run_full_pipeline.sh" "${arguments[@]}" < /dev/null > /dev/null 2>> "$log" &
   driver=$!
+  exec 9>&-
   # It has begun when it has written its pid; a start that fails says why in the log.
-  for _ in {1..100}; do
+  for _ in {1..200}; do
     [[ $(cat "$pid" 2> /dev/null) != "$driver" ]] || break
     kill -0 "$driver" 2> /dev/null || { code=0; wait "$driver" || code=$?; tail -n 3 "$log" >&2; exit "$code"; }
     sleep 0.05
@@ -145,7 +162,7 @@ if [[ $mode == background ]]; then
   which=$(printf ' %q' "${run[@]}")
   [[ ${#run[@]} -gt 0 ]] || which=
   printf '%s\n' "run $name started in the background, pid $driver" \
-    "  watch   tail -f $(printf %q "$log")" \
+    "  watch   tail -F $(printf %q "$log")" \
     "          cat $(printf %q "$progress")" \
     "          ./run_full_pipeline.sh$which --status" \
     "  stop    ./run_full_pipeline.sh$which --stop     (the same command continues)"
@@ -159,20 +176,36 @@ say() {  # to the terminal, and with the time to the log, as the programs do; a 
   printf '%(%Y-%m-%d %H:%M:%S)T pipeline: %s\n' -1 "$*" >> "$log" || true
 } 2> /dev/null
 
-note() { "$python" "$script/operate/status.py" "${run[@]}" --set "$1" "$2" || true; }
+# What is to be written down is, whatever signals come meanwhile and however full the disk is.
+note_stage() { (trap '' TERM INT HUP; note stage --stage "$@") || true; }
 
-child=
-stopping=
+last_stage='' message='ended by a bug of the driver' why=''
+child='' heart='' stopping=''
 # shellcheck disable=SC2329   # the trap calls it
 on_signal() {
   stopping=yes
   [[ -z $child ]] || kill -TERM "$child" 2> /dev/null || true
 }
-trap on_signal TERM INT HUP
-trap 'rm -f "$pid"' EXIT
-echo $$ > "$pid"
+
+# shellcheck disable=SC2329   # the trap calls it
+at_end() {
+  local code=$? outcome=failed
+  trap - EXIT
+  trap : TERM INT HUP   # a handler that does nothing, unlike an ignored signal, is not passed on to the command below
+  case $code in 0) outcome="done" ;; 3) outcome=gate ;; 130) outcome=interrupted ;; esac
+  [[ ! $heart ]] || kill "$heart" 2> /dev/null || true
+  (trap '' TERM INT HUP; note end --stage "$last_stage" --code "$code" --message "$message") || true
+  rm -f "$pid"
+  exec 9>&-   # the command may start the next run
+  [[ ! $on_finish ]] || MEDGEMMA_KOREAN_OUTCOME=$outcome MEDGEMMA_KOREAN_CODE=$code MEDGEMMA_KOREAN_RUN=$name \
+    MEDGEMMA_KOREAN_LAST_STAGE=$last_stage MEDGEMMA_KOREAN_MESSAGE=$message${why:+: $why} MEDGEMMA_KOREAN_LOG=$log \
+    timeout --kill-after=5 60 "$BASH" -c "$on_finish" < /dev/null >> "$log" 2>&1 ||
+    say "warning: the command of --on-finish ended with exit code $?"
+  exit "$code"
+}
 
 finish() {  # CODE MESSAGE
+  message=$2
   say "$2"
   [[ ! $demonstration ]] || say "$demonstration"
   exit "$1"
@@ -185,7 +218,8 @@ stage() {  # NAME PROGRAM [ARGUMENT...]: run one stage, unless it is skipped or 
   [[ " $chosen " == *" $stage "* && " $skipped " != *" $stage "* ]] || return 0
   [[ ! $stopping ]] || finish 130 "interrupted before $stage; the same command continues"
   say "== $stage"
-  note "$stage" running
+  last_stage=$stage
+  note_stage "$stage" --state running --pid $$
   # Its own session: Ctrl-C reaches the driver alone, which tells the stage once. A second signal would end it
   # before its checkpoint is saved. It keeps the lock open, so that an orphan does not look like a free lock.
   MEDGEMMA_KOREAN_STAGE=$stage \
@@ -196,23 +230,44 @@ stage() {  # NAME PROGRAM [ARGUMENT...]: run one stage, unless it is skipped or 
   # A signal ends `wait` early, with a code of its own; the stage's own code is had when it is gone.
   while kill -0 "$child" 2> /dev/null; do wait "$child" || true; done
   [[ ! $stopping ]] || { code=0; wait "$child" || code=$?; }
+  # A program that was killed could not end its workers, which may go on writing.
+  ((code <= 128 || code == 130)) || kill -KILL -- "-$child" 2> /dev/null || true
   child=
-  # 143, 129: the signal came before the program was ready to catch it, from this driver or from whoever.
-  [[ $code != 143 && $code != 129 ]] || code=130
+  # 143, 129: SIGTERM or SIGHUP came before the program was ready to catch it; 137 after a signal: --stop now.
+  [[ $code != 143 && $code != 129 && ! ($stopping && $code == 137) ]] || code=130
   case $code in
-    0) note "$stage" complete ;;
-    3) note "$stage" gate; finish 3 "stopped at $stage by its gate" ;;
-    137) note "$stage" failed; finish 2 "stopped at $stage: its process was killed, perhaps for lack of memory" ;;
-    130) note "$stage" interrupted; finish 130 "interrupted in $stage; the same command continues" ;;
-    *) note "$stage" failed; finish "$code" "stopped at $stage (exit code $code)" ;;
+    0) note_stage "$stage" --state complete ;;
+    3) why=$(note_stage "$stage" --state gate --code 3); finish 3 "stopped at $stage by its gate" ;;
+    130) note_stage "$stage" --state interrupted; finish 130 "interrupted in $stage; the same command continues" ;;
+    1 | 2) why=$(note_stage "$stage" --state failed --code "$code"); finish "$code" "stopped at $stage (exit code $code)" ;;
+    *)   # it could not say itself why it ended
+      why=$(note_stage "$stage" --state failed --code "$code")
+      say "error: $stage: $why"
+      [[ $code =~ ^(126|127|137)$ ]] && code=2 || code=1
+      finish "$code" "stopped at $stage" ;;
   esac
 }
 
+trap on_signal TERM INT HUP
+typed=./run_full_pipeline.sh before=''
+for argument in "${given[@]}"; do
+  case $before:$argument in   # the command may hold a password
+    --on-finish:*) argument=... ;;
+    *:--on-finish=*) argument=--on-finish=... ;;
+  esac
+  before=$argument typed+=" $(printf %q "$argument")"
+done
+stale=$(note begin --pid $$ --stages "$chosen" --command "$typed") || exit $?
+trap at_end EXIT
+"$python" "$script/operate/note.py" "${run[@]}" alive --pid $$ > /dev/null 2>&1 9>&- &
+heart=$!
+[[ ! $stale ]] || say "$stale"
 [[ ! $demonstration ]] || say "$demonstration"
 say "run $name: ${chosen// /, }${skipped:+; without ${skipped// /, }}; log $log"
-for skip in $skipped; do note "$skip" skipped; done
+for skip in $skipped; do note_stage "$skip" --state skipped; done
 
 # the stages ---------------------------------------------------------------------------------------------
+{ # Bash reads a block as a whole before it runs: this file may be replaced in the days that follow.
 
 # Get the data and the base model, or check what is there already.
 stage download download/download_all.py "${skip_01[@]}"
@@ -243,3 +298,4 @@ stage report evaluate/report.py
 
 [[ ! $stopping ]] || finish 130 "interrupted after the last stage; the same command continues"
 finish 0 "run $name: done"
+}

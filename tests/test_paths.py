@@ -58,6 +58,7 @@ def test_folders_as_designed(tmp_path):
         "report": "model/report/tiny",
         "log": "logs/pipeline_tiny.log",
         "pid": "logs/pipeline_tiny.pid",
+        "holder": "logs/pipeline_tiny.lock.json",
         "progress": "logs/progress_tiny.txt",
         "metrics": "logs/metrics_tiny.jsonl",
     }
@@ -76,7 +77,7 @@ def test_another_data_folder_is_another_run(tmp_path):
     assert (own.name, other.name) == ("tiny", "tiny-hospital")
     assert other.plain_text == tmp_path / "hospital/02_refined/00_plain_text"
     assert own.raw_model == other.raw_model  # what came from the hub is shared
-    for folder in (*OUTPUT_FOLDERS, "log", "pid", "progress", "progress_state", "metrics"):
+    for folder in (*OUTPUT_FOLDERS, "log", "pid", "holder", "progress", "progress_state", "metrics"):
         assert getattr(own, folder) != getattr(other, folder), folder
 
 

@@ -1,11 +1,15 @@
 """The progress file that a person looks at, and the state and events behind it."""
 
+import errno
+import fcntl
 import json
+import subprocess
+import sys
 import time
 
 import pytest
 
-from medgemma_korean import progress
+from medgemma_korean import progress, records
 from medgemma_korean.paths import DRIVER_STAGES, RunPaths
 
 
@@ -102,3 +106,131 @@ def test_events_are_lines_of_json(paths):
 @pytest.mark.parametrize("seconds, text", [(5, "5 s"), (89, "89 s"), (720, "12 min"), (11_100, "3 h 05 min")])
 def test_duration(seconds, text):
     assert progress.duration(seconds) == text
+
+
+# rate, and what needs words -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "rate, text",
+    [(12.34, "12.3/s"), (1.0, "1.0/s"), (0.5, "30.0/min"), (0.01, "36.0/h"), (8.5e6, "8.5M/s"), (2100, "2.1k/s")],
+)
+def test_rate(rate, text):
+    assert progress.rate_text(rate) == text
+
+
+def test_a_resumed_training_counts_from_where_it_began(paths, monkeypatch):
+    clock = [1_000_000.0]
+    monkeypatch.setattr(time, "time", lambda: clock[0])
+    progress.update(paths, "train_00_plain_text", state="running", percent=0.0)
+    for done in (900, 905, 910):  # 895 of them by an earlier process
+        clock[0] += 10
+        progress.update(paths, "train_00_plain_text", state="running", done=done, total=1000)
+    entry = progress.read_state(paths)["stages"]["train_00"]
+    assert entry["rate"] == pytest.approx(0.5) and entry["eta"] == pytest.approx(180)
+    assert line_of(paths, "train_00")[2:7] == ["91", "%", "3", "min", "30.0/min"]
+    clock[0] += 10  # another loop of the same program
+    progress.update(paths, "train_00_plain_text", state="running", done=10, total=20)
+    entry = progress.read_state(paths)["stages"]["train_00"]
+    assert entry["rate"] == pytest.approx(10 / 40)
+    progress.update(paths, "train_00_plain_text", state="complete")
+    assert line_of(paths, "train_00")[1:4] == ["complete", "100", "%"] and "/min" not in paths.progress.read_text()
+
+
+def test_why_a_stage_failed_stands_below_until_it_runs_again(paths):
+    progress.update(paths, "train_00_plain_text", state="running", metric="loss 2")
+    progress.update(paths, "train_00_plain_text", state="failed", cause="no space left\non x", advice="free some")
+    text = paths.progress.read_text(encoding="utf-8")
+    assert text.endswith("\n\ntrain_00_plain_text: no space left\non x\nfree some\n")
+    assert line_of(paths, "train_00")[-3:] == ["train_00_plain_text:", "loss", "2"]
+    progress.update(paths, "train_00_plain_text", state="running")
+    assert "no space" not in paths.progress.read_text(encoding="utf-8")
+
+
+def test_a_stage_that_is_not_heard_of(paths, monkeypatch):
+    progress.update(paths, "train_00_plain_text", state="running")
+    entry = progress.read_state(paths)["stages"]["train_00"]
+    assert progress.quiet(entry) == ""
+    now = time.time()
+    monkeypatch.setattr(time, "time", lambda: now + 720)
+    assert progress.quiet(entry) == f"no sign of life for 12 min, process {entry['pid']} is alive"
+    assert progress.quiet(entry, heard=now + 600) == ""  # the log, for instance
+    progress.draw(paths)
+    assert "train_00: no sign of life for 12 min" in paths.progress.read_text()
+    assert progress.quiet(entry | {"boot_id": "another"}).endswith(" is gone")
+    assert progress.quiet(entry | {"started_ticks": 1}).endswith(" is gone")  # the pid is another's by now
+
+
+def test_what_became_of_the_driver(paths):
+    progress.update(paths, "train_00_plain_text", state="interrupted")
+    with progress.changing(paths) as whole:
+        whole["run"] = {"outcome": "running", "since": time.time(), "pid": 7, "stage": "", "message": ""}
+    assert paths.progress.read_text().splitlines()[1].startswith("driver: pid 7, since 2")
+    progress.take(paths, 7, "x")
+    progress.finish(paths, "interrupted", "train_00", "why")
+    line = paths.progress.read_text().splitlines()[1]
+    assert line.startswith("last run: interrupted, 2") and line.endswith(": why")
+    assert not paths.pid.exists() and not paths.holder.exists()
+
+
+# two writers --------------------------------------------------------------------------------------------
+
+WRITER = """
+import sys
+from medgemma_korean import progress
+from medgemma_korean.paths import RunPaths
+paths, stage = RunPaths.of("tiny", "data/sample"), sys.argv[1]
+for number in range(60):
+    with progress.changing(paths) as whole:
+        seen = whole["stages"].setdefault(stage, {"state": "running", "changed": 1.0, "pid": 1, "number": -1})
+        assert seen["number"] == number - 1, f"an update of {stage} is lost: {seen}"
+        seen["number"] = number
+"""
+
+
+def test_two_writers_lose_no_update(paths):
+    writers = [subprocess.Popen([sys.executable, "-c", WRITER, stage]) for stage in ("train_00", "report")]
+    assert [writer.wait(timeout=120) for writer in writers] == [0, 0]
+    stages = progress.read_state(paths)["stages"]
+    assert stages["train_00"]["number"] == stages["report"]["number"] == 59
+
+
+def test_a_writer_that_was_stopped_holds_nobody_up(paths, monkeypatch):
+    monkeypatch.setattr(progress, "LOCK_PATIENCE", 0.1)
+    paths.logs.mkdir(parents=True)
+    with open(paths.progress_lock, "w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        progress.update(paths, "add_lora", state="running")
+    assert line_of(paths, "add_lora")[1] == "running"
+
+
+def test_a_disk_without_locks(paths, monkeypatch):
+    def no_lock(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", no_lock)
+    progress.update(paths, "add_lora", state="running")
+    assert line_of(paths, "add_lora")[1] == "running"
+    paths.progress_lock.unlink()
+    paths.progress_lock.mkdir()  # nothing that could be opened
+    progress.update(paths, "add_lora", state="failed")
+    assert line_of(paths, "add_lora")[1] == "failed"
+
+
+def test_the_last_words_have_their_room(paths, monkeypatch):
+    """On a full disk the state is written into what its lock file kept."""
+    progress.update(paths, "add_lora", state="running")
+    assert paths.progress_lock.stat().st_size == progress.RESERVE
+    write = records.write_json
+
+    def full(path, value):
+        if paths.progress_lock.stat().st_size:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(path, value)
+
+    monkeypatch.setattr(records, "write_json", full)
+    progress.update(paths, "add_lora", state="failed", cause="no space left")
+    assert "no space left" in paths.progress.read_text()
+    monkeypatch.setattr(records, "write_json", write)
+    progress.update(paths, "add_lora", state="running")
+    assert paths.progress_lock.stat().st_size == progress.RESERVE

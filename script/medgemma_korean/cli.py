@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import errno
 import fcntl
+import io
 import logging
 import logging.handlers
 import os
@@ -107,7 +108,11 @@ def resolve(args: argparse.Namespace) -> tuple[profiles.ModelProfile, RunPaths]:
         raise PipelineError(f"--data-dir {args.data_dir}: no such folder")
     if not re.fullmatch(r"[\w가-힣][\w가-힣.+-]*", paths.name):
         raise PipelineError(f"the run would be called {paths.name!r}; give it a plain name with --name")
+    _paths[:] = [paths]
     return profile, paths
+
+
+_paths: list[RunPaths] = []  # of this program, once it knows them
 
 
 # logging ------------------------------------------------------------------------------------------------
@@ -302,6 +307,50 @@ def poll_for_stop(active: bool) -> None:
         _polling.append(True)
 
 
+# What CUDA, its libraries and its driver say when a card is lost, hung or not theirs to use.
+GPU_FAULT = re.compile(
+    r"CUDA (error|driver|unknown)|CUBLAS_STATUS|cuDNN error|CUDNN_STATUS|NCCL error|NVML|GPU is lost"
+)
+GPU_ADVICE = (
+    "nvidia-smi and dmesg say whether the card is there; the same command continues from the last checkpoint, and "
+    "ends at the same place again where the card is not to blame"
+)
+DISK_FULL = re.compile(r"No space left on device|Disk quota exceeded|PytorchStreamWriter failed writing")
+# Out of main memory, in the words of torch's allocator and of its data loader.
+MEMORY_FAULT = re.compile(
+    r"can't allocate memory|DataLoader worker .* killed by signal: Killed|CUDA error: out of memory"
+)
+
+
+def explain(error: Exception) -> tuple[int, str, str]:
+    """(exit code, cause, advice) of what ends a program. Libraries' errors are known by name and words alone:
+    none of them is imported here. The advice is empty where the cause holds it, as a PipelineError's message does.
+    """
+    text = str(error)
+    first = text.splitlines()[0] if text else ""
+    if isinstance(error, PipelineError):
+        return error.exit_code, text, ""
+    if isinstance(error, MemoryError):
+        return EXIT_INPUT, "out of memory", MEMORY_ADVICE
+    if isinstance(error, OSError):
+        place = error.filename or Path.cwd()
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return EXIT_INPUT, f"no space left on the disk of {place}", "free some and run again"
+        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
+            return EXIT_INPUT, f"no permission for {error.filename}: {error.strerror}", ""
+        if error.errno in (errno.EIO, errno.ELOOP, errno.ENAMETOOLONG, errno.ESTALE):
+            return EXIT_INPUT, f"{place}: {error.strerror}", ""
+    elif type(error).__name__ == "OutOfMemoryError":
+        return EXIT_INPUT, f"out of GPU memory ({first})", MEMORY_ADVICE
+    elif isinstance(error, RuntimeError) and MEMORY_FAULT.search(text):
+        return EXIT_INPUT, f"out of memory ({first})", MEMORY_ADVICE
+    elif type(error).__name__ == "AcceleratorError" or isinstance(error, RuntimeError) and GPU_FAULT.search(text):
+        return EXIT_INPUT, f"the GPU failed ({first})", GPU_ADVICE
+    elif DISK_FULL.search(text):
+        return EXIT_INPUT, f"no space left on a disk ({first})", "free some and run again"
+    return EXIT_BUG, f"a bug: {type(error).__name__}: {first}", "please report it with the traceback in the log"
+
+
 def run(main: Callable[[], int | None]) -> int:
     """Run a program's main and turn its outcome into an exit code.
 
@@ -310,37 +359,64 @@ def run(main: Callable[[], int | None]) -> int:
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         if signal.getsignal(number) != signal.SIG_IGN:  # nohup, and a shell's background jobs, set it to ignored
             signal.signal(number, _on_signal)
+    if os.environ.get(DRIVER_VARIABLE):
+        _outlive_the_terminal()
     try:
         return int(main() or EXIT_DONE)
-    except PipelineError as error:
-        _say(f"error: {error}" if processes.is_main() else f"error in process {processes.rank()}: {error}")
-        return error.exit_code
     except (Interrupted, KeyboardInterrupt) as error:
         if processes.is_main():
             _say(f"interrupted ({error or 'SIGINT'}); run the same command again to continue")
         return EXIT_INTERRUPTED
-    except MemoryError:
-        _say(f"error: out of memory; {MEMORY_ADVICE}")
-        return EXIT_INPUT
-    except BrokenPipeError:  # before OSError, which it is one of: `program | head` is no fault
-        return EXIT_DONE
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            _say(f"error: no space left on the disk of {error.filename or Path.cwd()}; free some and run again")
-        elif error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
-            _say(f"error: no permission for {error.filename}: {error.strerror}")
-        elif error.errno in (errno.EIO, errno.ELOOP, errno.ENAMETOOLONG, errno.ESTALE):
-            _say(f"error: {error.filename or Path.cwd()}: {error.strerror}")
-        else:
-            _say(traceback.format_exc())
-            return EXIT_BUG
-        return EXIT_INPUT
     except Exception as error:
-        if type(error).__name__ == "OutOfMemoryError":  # torch's, by name: it is not imported here
-            _say(f"error: out of GPU memory ({str(error).splitlines()[0]}); {MEMORY_ADVICE}")
-            return EXIT_INPUT
-        _say(traceback.format_exc() + "this is a bug; please report it with the lines above")
-        return EXIT_BUG
+        if isinstance(error, BrokenPipeError) and not os.environ.get(DRIVER_VARIABLE):
+            return EXIT_DONE  # `program | head` is no fault
+        code, cause, advice = explain(error)
+        if code == EXIT_BUG:
+            whose = "" if isinstance(error, OSError) else "this is a bug; please report it with the lines above"
+            _say(traceback.format_exc() + whose)
+        else:
+            where = "error" if processes.is_main() else f"error in process {processes.rank()}"
+            _say(f"{where}: {'; '.join(filter(None, [cause, advice]))}")
+        _record(code, cause, advice)
+        return code
+
+
+# The stage that the driver runs a program for, in that program's environment.
+DRIVER_VARIABLE = "MEDGEMMA_KOREAN_STAGE"
+
+
+def _outlive_the_terminal() -> None:
+    """What a stage prints is in the log too; a terminal or pipe that has closed must not end a training."""
+
+    class Tolerant(io.FileIO):
+        def write(self, data) -> int:
+            with contextlib.suppress(OSError):
+                return super().write(data)
+            return len(data)
+
+    with contextlib.suppress(OSError):  # there is none
+        raw = io.BufferedWriter(Tolerant(1, "w", closefd=False))
+        sys.stdout = io.TextIOWrapper(raw, sys.stdout.encoding, "backslashreplace", line_buffering=True)
+
+
+def _record(code: int, cause: str, advice: str) -> None:
+    """Put the cause into the progress file: for the driver always, else where the stage has said that it failed."""
+    from medgemma_korean import progress  # which imports this module
+
+    stage = os.environ.get(DRIVER_VARIABLE)
+    if _paths and processes.is_main():
+        state = "gate" if code == EXIT_GATE else "failed"
+        cause = masked(cause)[:2000]
+        with contextlib.suppress(OSError):  # a disk without any room; the message is on the terminal
+            progress.fail(
+                _paths[-1],
+                Path(sys.argv[0]).stem,
+                stage,
+                state=state,
+                cause=cause,
+                advice=advice,
+                everywhere=bool(stage),
+            )
 
 
 def _say(message: str) -> None:

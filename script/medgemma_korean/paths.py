@@ -189,12 +189,21 @@ class RunPaths:
         return self.logs / f"pipeline_{self.name}.pid"
 
     @property
+    def holder(self) -> Path:
+        """Who drives the run: pid, start time, boot, host, command."""
+        return self.logs / f"pipeline_{self.name}.lock.json"
+
+    @property
     def progress(self) -> Path:
         return self.logs / f"progress_{self.name}.txt"
 
     @property
     def progress_state(self) -> Path:
         return self.logs / f"progress_{self.name}.json"
+
+    @property
+    def progress_lock(self) -> Path:
+        return self.logs / f".progress_{self.name}.lock"
 
     @property
     def metrics(self) -> Path:

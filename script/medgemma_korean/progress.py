@@ -1,6 +1,6 @@
 """How a run is going: `logs/progress_<name>.txt`, for people, and `logs/metrics_<name>.jsonl`, one event a line.
 
-The text file is rewritten atomically from a small JSON state beside it. Further down: whether a driver is alive, and
+The text file is rewritten atomically from a small JSON state beside it. Further down: who drives a run, and
 where the stages of a run leave their records and whether those still fit together (`--status`, `--plan`, `--verify`).
 """
 
@@ -9,8 +9,11 @@ from __future__ import annotations
 import contextlib
 import datetime
 import errno
+import fcntl
 import os
+import socket
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +32,6 @@ _STAGE_OF = {
 # Of logs/metrics_<name>.jsonl: an event is about 250 bytes, so that three files hold a month at one every ten seconds.
 METRICS_BYTES, METRICS_FILES = 20_000_000, 3
 
-# The stage that the driver runs a program for, in that program's environment.
-DRIVER_VARIABLE = "MEDGEMMA_KOREAN_STAGE"
-
 
 def stage_of(program: str) -> str:
     """The driver's stage that a program belongs to."""
@@ -49,6 +49,65 @@ def read_state(paths: RunPaths) -> dict[str, Any]:
     return {"name": paths.name, "stages": {}}
 
 
+@contextlib.contextmanager
+def changing(paths: RunPaths) -> Iterator[dict[str, Any]]:
+    """The progress state, to be changed inside and then written and drawn.
+
+    The driver and a stage's program may both have something to say: one at a time, so that neither undoes the other's.
+    """
+    with _alone(paths) as lock:
+        whole = read_state(paths)
+        yield whole
+        try:
+            _write(paths, whole)
+        except OSError as error:
+            if lock < 0 or error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            os.truncate(lock, 0)  # why a run ended must find room on the disk that it filled
+            _write(paths, whole)
+
+
+def _write(paths: RunPaths, whole: dict[str, Any]) -> None:
+    records.write_json(paths.progress_state, whole)
+    draw(paths, whole)
+
+
+def draw(paths: RunPaths, whole: dict[str, Any] | None = None) -> None:
+    """Write the progress file anew."""
+    records.write_text(paths.progress, render(whole or read_state(paths)))
+
+
+RESERVE = 64 << 10  # bytes of disk that the lock file keeps for the last words of a run
+LOCK_PATIENCE = 5.0  # seconds; a writer takes milliseconds, unless it was stopped (SIGSTOP) in the middle
+
+
+@contextlib.contextmanager
+def _alone(paths: RunPaths) -> Iterator[int]:
+    """A descriptor of the state's lock file; -1, and no protection, where the disk knows no locks."""
+    paths.progress_lock.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        file = os.open(paths.progress_lock, os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError:  # of another user, or on a full disk
+        yield -1
+        return
+    try:
+        deadline = time.monotonic() + LOCK_PATIENCE
+        while time.monotonic() < deadline:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                time.sleep(0.01)
+            except OSError:
+                break
+        if os.fstat(file).st_size < RESERVE:
+            with contextlib.suppress(OSError):
+                os.posix_fallocate(file, 0, RESERVE)
+        yield file
+    finally:
+        os.close(file)
+
+
 def update(
     paths: RunPaths,
     program: str,
@@ -59,40 +118,74 @@ def update(
     total: int | None = None,
     percent: float | None = None,
     metric: str | None = None,
+    cause: str | None = None,
+    advice: str | None = None,
 ) -> None:
-    """Record a program's state (waiting, running, complete, skipped, interrupted, failed, gate) and redraw."""
+    """Record a program's state (waiting, running, complete, skipped, interrupted, failed, gate) and redraw.
+
+    done of total: rows, steps or bytes. cause, advice: why a stage did not end well, and what to do.
+    """
     if not processes.is_main():
         return
-    whole = read_state(paths)
     stage = driver_stage or stage_of(program)
-    if state == "complete" and os.environ.get(DRIVER_VARIABLE) == stage:
-        # One program of the driver's stage is done, and another may follow; the driver knows when all are.
-        state = "running"
-        whole["stages"].get(stage, {}).pop("percent", None)
-        percent = None
-    now = time.time()
-    entry = whole["stages"].get(stage, {})
-    if entry.get("program") != program:
-        entry.pop("metric", None)  # it was the other program's
-    # A killed process leaves "running" behind; the next one starts its own clock.
-    same = (entry.get("state"), entry.get("program"), entry.get("pid")) == ("running", program, os.getpid())
-    if "since" not in entry or (state == "running" and not same):
-        entry["since"] = now
-    entry |= {"state": state, "program": program, "changed": now, "pid": os.getpid()}
-    if done is not None and total:
-        percent = 100.0 * done / total
-        entry["rate"] = done / max(now - entry["since"], 1e-3)
-        entry["eta"] = (total - done) / entry["rate"] if entry["rate"] > 0 else None
-    if state != "running":
-        entry["eta"] = None
-        entry["seconds"] = round(now - entry["since"], 1)
-    if percent is not None or state == "complete":
-        entry["percent"] = 100.0 if state == "complete" else round(percent, 1)
-    if metric is not None:
-        entry["metric"] = metric
-    whole["stages"][stage] = entry
-    records.write_json(paths.progress_state, whole)
-    records.write_text(paths.progress, render(whole))
+    with changing(paths) as whole:
+        if state == "complete" and os.environ.get(cli.DRIVER_VARIABLE) == stage:
+            # One program of the driver's stage is done, and another may follow; the driver knows when all are.
+            state = "running"
+            whole["stages"].get(stage, {}).pop("percent", None)
+            percent = None
+        now = time.time()
+        entry = whole["stages"].get(stage, {})
+        if entry.get("program") != program:
+            entry.pop("metric", None)  # it was the other program's
+        # A killed process leaves "running" behind; the next one starts its own clock.
+        same = (entry.get("state"), entry.get("program"), entry.get("pid")) == ("running", program, os.getpid())
+        if "since" not in entry or (state == "running" and not same):
+            entry |= {"since": now, "first": None, "rate": None, "eta": None}
+        if state != entry.get("state"):
+            entry.pop("cause", None)
+            entry.pop("advice", None)
+        entry |= {"state": state, "program": program, "changed": now, **process(os.getpid())}
+        if done is not None and total:
+            percent = 100.0 * done / total
+            _pace(entry, done, total, now)
+        if state != "running":
+            entry["eta"] = entry["rate"] = None
+            entry["seconds"] = round(now - entry["since"], 1)
+        if percent is not None or state == "complete":
+            entry["percent"] = 100.0 if state == "complete" else round(percent, 1)
+        given = {"metric": metric, "cause": cause, "advice": advice}
+        entry |= {key: value for key, value in given.items() if value is not None}
+        whole["stages"][stage] = entry
+
+
+def _pace(entry: dict[str, Any], done: int, total: int, now: float) -> None:
+    """Set the rate (a second) and the seconds left.
+
+    A resumed training begins in the middle, so from the second call on the first one is what is counted from.
+    """
+    first = entry.get("first")
+    if first is None or first["total"] != total or first["done"] > done:
+        entry["first"] = {"done": done, "total": total, "time": now}
+        before, since = 0, entry["since"]
+    else:
+        before, since = first["done"], first["time"]
+    if done > before:
+        entry["rate"] = (done - before) / max(now - since, 1e-3)
+        entry["eta"] = (total - done) / entry["rate"]
+    elif done == 0:
+        entry["rate"] = entry["eta"] = None
+
+
+def fail(
+    paths: RunPaths, program: str, stage: str | None, *, state: str, cause: str, advice: str, everywhere: bool
+) -> None:
+    """Record why a program ends, in words; unless `everywhere`, only where this process has set the state already."""
+    stage = stage or stage_of(program)
+    entry = read_state(paths)["stages"].get(stage, {})
+    if everywhere or (entry.get("state"), entry.get("pid")) == (state, os.getpid()):
+        known = entry.get("program", stage)  # the driver, which began the stage, knows no program
+        update(paths, program if known == stage else known, stage, state=state, cause=cause, advice=advice)
 
 
 def event(paths: RunPaths, program: str, **values: Any) -> None:
@@ -133,23 +226,69 @@ def duration(seconds: float) -> str:
     return f"{int(seconds // 3600)} h {int(seconds % 3600 // 60):02d} min"
 
 
-def render(state: dict[str, Any]) -> str:
-    """The progress file's text: a line a stage."""
-    lines = [f"run {state['name']}, written {datetime.datetime.now():%Y-%m-%d %H:%M:%S}", ""]
-    lines.append(f"{'stage':18}{'state':13}{'percent':>8}  {'left':>10}  {'changed':19}  last")
+def rate_text(rate: float) -> str:
+    """A rate a second for people: `12.3/s`, `4.0/min`, `8.5M/s`."""
+    unit = "s"
+    for longer in ("min", "h"):
+        if rate < 1:
+            rate, unit = rate * 60, longer
+    for factor, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if rate >= factor:
+            return f"{rate / factor:.1f}{letter}/{unit}"
+    return f"{rate:.1f}/{unit}"
+
+
+def moment(seconds: float) -> str:
+    """A time of day with its date."""
+    return datetime.datetime.fromtimestamp(seconds).strftime("%Y-%m-%d %H:%M:%S")
+
+
+QUIET = 600.0  # seconds without a change after which a stage that runs is mentioned
+
+
+def render(state: dict[str, Any], quietness: bool = True) -> str:
+    """The progress file's text: a line a stage, and below them what needs words; `quietness` among it."""
+    lines = [f"run {state['name']}, written {moment(time.time())}", run_line(state.get("run"))]
+    lines.append(f"{'stage':18}{'state':13}{'percent':>7}  {'left':>10}  {'rate':>9}  {'changed':19}  last")
+    below = []
     for stage in DRIVER_STAGES:
         entry = state["stages"].get(stage)
         if entry is None:
-            lines.append(f"{stage:18}{'waiting':13}")
+            lines.append(f"{stage:18}waiting")
             continue
         percent = f"{entry['percent']:.0f} %" if entry.get("percent") is not None else ""
         left = duration(entry["eta"]) if entry.get("eta") else ""
-        changed = datetime.datetime.fromtimestamp(entry["changed"]).strftime("%Y-%m-%d %H:%M:%S")
+        rate = rate_text(entry["rate"]) if entry.get("rate") else ""
         last = entry.get("metric") or ""
         if entry["state"] in ("running", "failed", "interrupted") and entry.get("program"):
             last = f"{entry['program']}: {last}" if last else entry["program"]
-        lines.append(f"{stage:18}{entry['state']:13}{percent:>8}  {left:>10}  {changed:19}  {last}".rstrip())
-    return "\n".join(lines) + "\n"
+        columns = f"{percent:>7}  {left:>10}  {rate:>9}  {moment(entry['changed'])}"
+        lines.append(f"{stage:18}{entry['state']:13}{columns}  {last}".rstrip())
+        if quietness and entry["state"] == "running" and (text := quiet(entry)):
+            below.append(f"{stage}: {text}")
+        if entry.get("cause"):
+            below += [f"{entry['program']}: {entry['cause']}", *filter(None, [entry.get("advice")])]
+    return "\n".join([*lines, *([""] if below else []), *below]) + "\n"
+
+
+def run_line(run: dict[str, Any] | None) -> str:
+    """What became of the last start of the driver, as far as it could say; empty where there was none."""
+    if not run:
+        return ""
+    if run["outcome"] == "running":
+        return f"driver: pid {run['pid']}, since {moment(run['since'])}; it writes this file at least once a minute"
+    return f"last run: {run['outcome']}, {moment(run['ended'])}: {run['message']}"
+
+
+def quiet(entry: dict[str, Any], heard: float = 0.0) -> str:
+    """Words for a stage that runs and has not been heard of for long, or cannot be; empty where all is well.
+
+    heard: when something else than the progress state, the log for instance, changed last.
+    """
+    seconds = time.time() - max(entry["changed"], heard)
+    if not is_at_work(entry):
+        return f"no sign of life for {duration(seconds)}, process {entry['pid']} is gone"
+    return f"no sign of life for {duration(seconds)}, process {entry['pid']} is alive" if seconds > QUIET else ""
 
 
 # the driver ---------------------------------------------------------------------------------------------
@@ -160,31 +299,93 @@ def lock_file(paths: RunPaths) -> Path:
     return paths.pid.with_suffix(".lock")
 
 
-def is_alive(pid: int) -> bool:
-    """True for a process that exists and is not a zombie."""
+def started(pid: int) -> int | None:
+    """When a process began, in clock ticks since the machine did; None where there is none, or only a zombie."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
-        return False
+        return None
+    return int(fields[19]) if fields[0] not in "ZX" else None  # field 22 of proc(5), counted behind the name
+
+
+def is_alive(pid: int) -> bool:
+    return started(pid) is not None
+
+
+def boot() -> str:
+    """The id that the machine drew when it was started."""
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+
+
+def process(pid: int) -> dict[str, Any]:
+    """What tells a process from any other, of this boot or another one."""
+    return {"pid": pid, "started_ticks": started(pid), "boot_id": boot()}
+
+
+def is_at_work(entry: dict[str, Any]) -> bool:
+    """Whether the process that an entry names (`process`) is alive; another one may have its pid by now."""
+    return entry.get("started_ticks") is not None and process(entry["pid"]).items() <= entry.items()
+
+
+def take(paths: RunPaths, pid: int, command: str) -> None:
+    """Write down that process `pid` drives the run: the number for people, and what tells it from its successors."""
+    since = {"since": round(time.time(), 3), "host": socket.gethostname(), "command": command}
+    records.write_json(paths.holder, process(pid) | since)
+    records.write_text(paths.pid, f"{pid}\n")
+
+
+def release(paths: RunPaths) -> None:
+    """What the driver wrote when it began is gone."""
+    paths.pid.unlink(missing_ok=True)
+    paths.holder.unlink(missing_ok=True)
+
+
+def holder_of(paths: RunPaths) -> dict[str, Any] | None:
+    """Who drives the run, or drove it and could not say that it ended; None where nobody did."""
+    with contextlib.suppress(records.PipelineError):
+        held = records.read_json(paths.holder)
+        if isinstance(held, dict) and {"pid", "started_ticks", "boot_id", "since", "host"} <= held.keys():
+            return held
+    return None
+
+
+def is_elsewhere(held: dict[str, Any]) -> bool:
+    """Whether a holder is of another machine or container that shares this disk, and cannot be seen from here."""
+    return held["host"] != socket.gethostname() and not is_at_work(held)
+
+
+def why_gone(held: dict[str, Any]) -> str:
+    """Why a holder drives no more; empty for one that does."""
+    if is_at_work(held):
+        return ""
+    if is_elsewhere(held):
+        return f"it runs, or ran, on {held['host']}, which cannot be seen from here"
+    return "its process was killed" if held["boot_id"] == boot() else "its machine was started anew"
 
 
 def driver_of(paths: RunPaths) -> int | None:
     """The pid of the run's living driver, or None.
 
-    A pid is used again by other processes, so the number in the pid file alone says nothing: the process must
-    be a run_full_pipeline and have this run's lock file open. (Start times would do until a clock is set.)
+    A pid is used again by other processes, so the number alone says nothing: boot and start time must agree too.
     """
+    held = holder_of(paths)
+    return held["pid"] if held and is_at_work(held) else None
+
+
+def is_driver(pid: int) -> bool:
+    """Whether a process is a run_full_pipeline.sh, of whichever run."""
     try:
-        pid = int(paths.pid.read_text())
-        command = Path(f"/proc/{pid}/cmdline").read_bytes()
-    except (OSError, ValueError):
-        return None
-    if b"run_full_pipeline" not in command or not is_alive(pid):
-        return None
-    try:
-        return pid if _has_open(pid, lock_file(paths)) else None
-    except PermissionError:  # another user's driver
-        return pid
+        return b"run_full_pipeline" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return False
+
+
+def finish(paths: RunPaths, outcome: str, stage: str, message: str) -> None:
+    """The driver has ended, or will in a moment: nobody holds the run, and its outcome stands in the state."""
+    release(paths)
+    with changing(paths) as whole:
+        last = {"outcome": outcome, "ended": time.time(), "stage": stage, "message": message}
+        whole["run"] = whole.get("run", {}) | last
 
 
 def lock_holders(paths: RunPaths) -> list[int]:

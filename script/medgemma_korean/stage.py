@@ -280,7 +280,12 @@ class Stage:
                 + "\nTo redo it and what depends on it, add --force (old results are kept as .previous)."
             )
         gate = record.get("gate")
-        self._report(state="gate" if gate and not gate["passed"] else "complete")
+        if gate and not gate["passed"]:
+            self._report(
+                state="gate", cause="; ".join(gate["reasons"]), advice="--allow-regression goes on all the same"
+            )
+        else:
+            self._report(state="complete")
         if gate and not gate["passed"] and not self.allow_regression:
             log.error("already complete, and its gate failed: %s", "; ".join(gate["reasons"]))
             return EXIT_GATE
@@ -441,7 +446,7 @@ class Stage:
             self._report(state="gate")
             raise
         except BaseException as error:
-            self._report(state="failed", metric=str(error).splitlines()[0][:100] if str(error) else "")
+            self._report(state="failed", cause=str(error).splitlines()[0][:200] if str(error) else type(error).__name__)
             raise
 
     @property

@@ -1,7 +1,7 @@
 """Say how a run is going: `./run_full_pipeline.sh --status [--json]`.
 
-Reads   logs/progress_<name>.json, logs/pipeline_<name>.{pid,lock,log}
-Writes  nothing (with --set: the progress file, which is how the driver notes what no program can)
+Reads   logs/progress_<name>.json, logs/pipeline_<name>.{lock,lock.json,log}
+Writes  nothing
 
     python script/operate/status.py --model medgemma-4b
     python script/operate/status.py --model medgemma-4b --json
@@ -10,9 +10,9 @@ Writes  nothing (with --set: the progress file, which is how the driver notes wh
 from __future__ import annotations
 
 import argparse
-import datetime
 import os
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,6 @@ from medgemma_korean import cli, progress, records
 from medgemma_korean.paths import DRIVER_STAGES, RunPaths, show
 
 TAIL = 8192  # bytes of the log's end in which its last line is looked for
-STATES = ("running", "complete", "skipped", "interrupted", "failed", "gate")
 
 
 def last_line(log: Path) -> str:
@@ -35,89 +34,92 @@ def last_line(log: Path) -> str:
 
 def collect(paths: RunPaths) -> dict[str, Any]:
     """Everything that is known about the run, as `--json` prints it."""
-    stages = progress.read_state(paths)["stages"]
-    driver = progress.driver_of(paths)
+    state = progress.read_state(paths)
+    stages = state["stages"]
+    driver, held = progress.driver_of(paths), progress.holder_of(paths)
+    now = time.time()
     return {
         "name": paths.name,
         "model": paths.model,
         "running": driver is not None,
         "pid": driver,
-        "since": round(paths.pid.stat().st_mtime) if driver else None,
+        "since": round(held["since"]) if driver and held else None,
+        "host": held["host"] if held else None,
+        # Who drove the run and could not say that it ended, and why.
+        "stale": {"pid": held["pid"], "since": round(held["since"]), "why": progress.why_gone(held)}
+        if held and driver is None
+        else None,
         # Processes that a killed driver left behind.
         "left_over": progress.lock_holders(paths) if driver is None else [],
+        # The last start of the driver: its outcome is done, gate, failed, interrupted, or running.
+        "run": state.get("run"),
         "stages": {stage: stages.get(stage, {"state": "waiting"}) for stage in DRIVER_STAGES},
+        # What a stage at work says, else how long ago it was heard of, in seconds.
+        "quiet": {
+            stage: {
+                "seconds": round(now - heard(entry, paths), 1),
+                "alive": progress.is_at_work(entry),
+                "text": progress.quiet(entry, heard(entry, paths)),
+            }
+            for stage, entry in stages.items()
+            if entry["state"] == "running"
+        },
         "last_line": last_line(paths.log),
         "log": str(paths.log),
         "progress": str(paths.progress),
     }
 
 
-def driver_line(status: dict[str, Any]) -> str:
-    """One line about the driver, or about what is there without one."""
+def heard(entry: dict[str, Any], paths: RunPaths) -> float:
+    """When a stage that runs was heard of last: it changed the progress state, the log or the metrics."""
+    times = [file.stat().st_mtime for file in (paths.log, paths.metrics) if file.is_file()]
+    return max(entry["changed"], *times) if times else entry["changed"]
+
+
+def driver_lines(status: dict[str, Any]) -> list[str]:
+    """A line about the driver, or about what is there without one, and one for each stage that is quiet."""
+    quiet = [f"{stage}: {entry['text']}" for stage, entry in status["quiet"].items() if entry["text"]]
+    continues = "the same command continues"
     if status["running"]:
-        since = datetime.datetime.fromtimestamp(status["since"])
-        return f"driver: running since {since:%Y-%m-%d %H:%M:%S}, pid {status['pid']}"
+        since = progress.moment(status["since"])
+        return [f"driver: running since {since}, pid {status['pid']} on {status['host']}", *quiet]
     if status["left_over"]:
         left = ", ".join(map(str, status["left_over"]))
-        return f"driver: gone, but its stage still runs (pid {left}); --stop ends it with its state saved"
+        return [f"driver: gone, but its stage still runs (pid {left}); --stop ends it with its state saved", *quiet]
+    if stale := status["stale"]:
+        began = f"pid {stale['pid']} on {status['host']}, which began {progress.moment(stale['since'])}"
+        return [f"driver: gone ({began}): {stale['why']}; {continues}", *quiet]
     for stage, entry in status["stages"].items():
-        if entry["state"] != "running":
-            continue
-        if progress.is_alive(entry["pid"]):
-            return f"driver: not running; {entry['program']} was started by itself, pid {entry['pid']}"
-        return f"driver: not running; {stage} ended without a word (killed?), and the same command continues"
-    return "driver: not running"
+        if entry["state"] == "running" and status["quiet"][stage]["alive"]:
+            return [f"driver: not running; {entry['program']} was started by itself, pid {entry['pid']}", *quiet]
+    if quiet:
+        return [f"driver: not running; {continues}", *quiet]
+    return ["driver: not running"]
 
 
 def text_of(status: dict[str, Any], paths: RunPaths) -> str:
     if not paths.progress_state.is_file() and not status["running"]:
         return f"run {paths.name}: nothing has run yet ({show(paths.progress)} does not exist)"
-    shown = progress.render(progress.read_state(paths)).rstrip("\n")
-    lines = [shown, "", driver_line(status)]
+    state = progress.read_state(paths)
+    if (state.get("run") or {}).get("outcome") == "running":
+        del state["run"]  # the lines below know better
+    lines = [progress.render(state, quietness=False).rstrip("\n"), "", *driver_lines(status)]
     if status["last_line"]:
         lines.append(f"log: {show(paths.log)}, its last line:\n  {status['last_line']}")
     return "\n".join(lines)
 
 
-def holder_line(paths: RunPaths) -> str:
-    """Who has the run's lock, for a second start."""
-    if driver := progress.driver_of(paths):
-        return f"the run {paths.name} is at work already, pid {driver}; see --status, end it with --stop"
-    left = ", ".join(map(str, progress.lock_holders(paths))) or "unknown"
-    return f"a stage of the run {paths.name} is still at work without its driver, pid {left}; end it with --stop"
-
-
-def note(paths: RunPaths, stage: str, state: str) -> None:
-    """Set a stage's state in the progress file, unless the stage's own program has set it already."""
-    entry = progress.read_state(paths)["stages"].get(stage, {})
-    if entry.get("state") != state:
-        # A skipped stage has no program and no last number.
-        metric = "" if state == "skipped" else None
-        progress.update(paths, entry.get("program", stage), stage, state=state, metric=metric)
-
-
 def make_parser() -> argparse.ArgumentParser:
     parser = cli.make_parser(__doc__, force=False)
     parser.add_argument("--json", action="store_true", help="one JSON object, for programs")
-    parser.add_argument("--holder", action="store_true", help="one line: who has the run's lock")
-    parser.add_argument("--set", nargs=2, metavar=("STAGE", "STATE"), help=f"note a state: {', '.join(STATES)}")
     return parser
 
 
 def main(argv: list[str] | None = None) -> int:
     args = make_parser().parse_args(argv)
     _, paths = cli.resolve(args)
-    if args.set:
-        stage, state = args.set
-        if stage not in DRIVER_STAGES or state not in STATES:
-            raise cli.PipelineError(f"--set {stage} {state}: no such stage or state")
-        note(paths, stage, state)
-    elif args.holder:
-        print(holder_line(paths))
-    elif args.json:
-        print(records.dump(collect(paths)))
-    else:
-        print(text_of(collect(paths), paths))
+    status = collect(paths)
+    print(records.dump(status) if args.json else text_of(status, paths))
     return 0
 
 

@@ -1,9 +1,10 @@
-"""End a run so that the same command continues it: `./run_full_pipeline.sh --stop`.
+"""End a run so that the same command continues it: `./run_full_pipeline.sh --stop`, or at once: `--stop now`.
 
-Reads   logs/pipeline_<name>.{pid,lock}
-Writes  nothing of its own; the stage saves its state and the driver removes its pid file
+Reads   logs/pipeline_<name>.{lock,lock.json}
+Writes  nothing of its own, unless the driver was killed: then what the driver would have written at its end
 
-    python script/operate/stop.py --model medgemma-4b
+    python script/operate/stop.py --model medgemma-4b          # a training saves a checkpoint first
+    python script/operate/stop.py --model medgemma-4b now      # the last checkpoint stands
 
 Exit codes: 0 it has ended, 2 nothing runs, or it has not ended within a minute (it will).
 """
@@ -11,6 +12,7 @@ Exit codes: 0 it has ended, 2 nothing runs, or it has not ended within a minute 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import signal
 import sys
@@ -21,14 +23,18 @@ from medgemma_korean.cli import PipelineError
 from medgemma_korean.paths import RunPaths
 
 PATIENCE = 60.0  # seconds; a training ends its step and saves a checkpoint first
+GRACE = 3.0  # seconds that `now` leaves before it kills
+LAST_WORDS = 10.0  # seconds for a driver to write down that its stage is gone; it may have a command to run after that
 
 
-def left_behind(paths: RunPaths) -> list[int]:
-    """The stage that a killed driver left at work."""
-    left = progress.lock_holders(paths)
-    # The driver starts each stage as the leader of a session; what such a leader started ends with it.
-    leaders = [pid for pid in left if progress.is_alive(pid) and os.getsid(pid) == pid]
-    return leaders or left
+def leaders(paths: RunPaths) -> list[int]:
+    """The stages at work: the driver starts each as the leader of a session, and what it starts belongs to it."""
+    found = []
+    for pid in progress.lock_holders(paths):
+        with contextlib.suppress(ProcessLookupError):
+            if os.getsid(pid) == pid and not progress.is_driver(pid) and progress.is_alive(pid):
+                found.append(pid)
+    return found
 
 
 def what_runs(paths: RunPaths) -> str:
@@ -40,38 +46,76 @@ def what_runs(paths: RunPaths) -> str:
 
 def clean_up(paths: RunPaths) -> None:
     """What the driver would have done at its end."""
-    paths.pid.unlink(missing_ok=True)
+    last = ""
     for stage, entry in progress.read_state(paths)["stages"].items():
         if entry["state"] == "running":
+            last = stage
             progress.update(paths, entry["program"], stage, state="interrupted")
+    progress.finish(paths, "interrupted", last, "ended by --stop; the same command continues")
+
+
+def tell(pids: list[int]) -> None:
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):  # it ended by itself just now
+            os.kill(pid, signal.SIGTERM)
+
+
+def kill(groups: list[int]) -> None:
+    """SIGKILL to process groups: the leader, and workers that would outlive it."""
+    for group in groups:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(group, signal.SIGKILL)
+
+
+def gone(pids: list[int], seconds: float, paths: RunPaths) -> bool:
+    """Whether the processes end within so many seconds. A driver that has said its last word counts as gone."""
+    deadline = time.monotonic() + seconds
+    while left := [pid for pid in pids if progress.is_alive(pid)]:
+        if not progress.lock_holders(paths) and not paths.pid.exists():
+            return True
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.1)
+    return not left
 
 
 def make_parser() -> argparse.ArgumentParser:
-    return cli.make_parser(__doc__, force=False)
+    parser = cli.make_parser(__doc__, force=False)
+    parser.add_argument("when", nargs="?", choices=("now",), help="do not wait for a checkpoint")
+    return parser
 
 
 def main(argv: list[str] | None = None) -> int:
     args = make_parser().parse_args(argv)
     _, paths = cli.resolve(args)
     driver = progress.driver_of(paths)
-    pids = [driver] if driver else left_behind(paths)
+    pids = [driver] if driver else leaders(paths) or progress.lock_holders(paths)
     if not pids:
+        held = progress.holder_of(paths)
+        if held and progress.is_elsewhere(held):
+            raise PipelineError(f"the run {paths.name} was started on {held['host']}; stop it there")
         raise PipelineError(f"nothing of the run {paths.name} is running")
-    print(f"waiting for {what_runs(paths)}, pid {', '.join(map(str, pids))}", flush=True)
-    for pid in pids:
-        try:
-            os.kill(pid, signal.SIGTERM)
-        except ProcessLookupError:
-            continue  # it ended by itself just now
-    deadline = time.monotonic() + PATIENCE
-    while any(progress.is_alive(pid) for pid in pids):
-        if time.monotonic() > deadline:
+    shown = ", ".join(map(str, pids))
+    if args.when == "now":
+        stages = leaders(paths)
+        print(f"ending pid {shown} at once", flush=True)
+        tell(pids)
+        if not gone(pids, GRACE, paths):
+            kill(stages + leaders(paths))
+            if not gone(pids, LAST_WORDS, paths):
+                for pid in pids:
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(pid, signal.SIGKILL)
+                gone(pids, LAST_WORDS, paths)
+    else:
+        print(f"waiting for {what_runs(paths)}, pid {shown}", flush=True)
+        tell(pids)
+        if not gone(pids, PATIENCE, paths):
             raise PipelineError(
-                f"pid {', '.join(map(str, pids))} is still at its last step after {PATIENCE:.0f} s; it ends by itself "
-                "when its state is saved (see --status)"
+                f"pid {shown} is still at its last step after {PATIENCE:.0f} s; it ends by itself "
+                "when its state is saved (see --status), or at once with --stop now"
             )
-        time.sleep(0.1)
-    if driver is None:
+    if progress.holder_of(paths) or driver is None:
         clean_up(paths)
     print("stopped; the same command continues")
     return 0
