@@ -64,7 +64,7 @@ force=() regression=() device=() samples=() skip_01=() veterinary=()
 epochs_00=() epochs_01=() epochs_02=() tokens=() precision=() launch=() shard=()
 given=("$@")
 
-set_mode() { [[ $mode == run ]] || die "--$mode and $1 exclude each other"; mode=${1#--}; }
+set_mode() { [[ $mode == run ]] || die "--$mode and $1 exclude each other; leave one out"; mode=${1#--}; }
 
 while (($#)); do
   case $1 in --?*=*) set -- "${1%%=*}" "${1#*=}" "${@:2}" ;; esac
@@ -81,7 +81,7 @@ while (($#)); do
     --new-tokens | --min-count) tokens+=("$1" "$2"); shift ;;
     --precision) precision=("$1" "$2"); shift ;;
     --processes)
-      [[ $2 =~ ^[1-9][0-9]*$ ]] || die "--processes $2: not a number of processes"
+      [[ $2 =~ ^[1-9][0-9]*$ ]] || die "--processes $2: not a number of processes; give 1 or more"
       [[ $2 == 1 ]] || launch=("$script/operate/launch.py" "$2")
       shift ;;
     --shard) shard=("$1") ;;
@@ -100,11 +100,11 @@ while (($#)); do
   esac
   shift
 done
-[[ ${#json[@]} == 0 || $mode == status ]] || die "--json goes with --status"
+[[ ${#json[@]} == 0 || $mode == status ]] || die "--json goes with --status; ask --status --json"
 [[ ${#shard[@]} == 0 || ${#launch[@]} -gt 0 ]] || die "--shard goes with --processes N"
 [[ ${#shard[@]} == 0 || ${#precision[@]} -gt 0 ]] || precision=(--precision bf16)   # 8-bit weights cannot be divided
 training=("${precision[@]}" "${shard[@]}")
-asked=("${run[@]}" "${range[@]}" "${samples[@]}" "${device[@]}" "${force[@]}" "${regression[@]}")
+asked=("${run[@]}" "${range[@]}" "${samples[@]}" "${device[@]}" "${force[@]}" "${regression[@]}" "${tokens[@]}" "${precision[@]}")
 
 # environment and operation ------------------------------------------------------------------------------
 
@@ -122,7 +122,8 @@ answers=$("$python" "$script/operate/plan.py" "${asked[@]}" --paths) || exit $?
 name='' log='' pid='' lock='' progress='' chosen='' skipped='' demonstration=''
 while IFS='=' read -r key value; do printf -v "$key" '%s' "$value"; done <<< "$answers"
 
-mkdir -p "$(dirname "$log")" || die "$(dirname "$log") cannot be made"
+mkdir -p "$(dirname "$log")" 2> /dev/null ||
+  die "$(dirname "$log") cannot be made; move it away, or set MEDGEMMA_KOREAN_ROOT to another folder"
 exec 9>> "$lock"
 if ! flock -n 9; then
   exec 9>&-

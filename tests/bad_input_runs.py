@@ -26,8 +26,12 @@ from typing import Any
 TESTS = Path(__file__).resolve().parent
 REPOSITORY = TESTS.parent
 TABLE = TESTS / "bad_inputs.md"
-# What a program may leave: its log and the progress of its run.
-LEFT = re.compile(r"root/logs/(?:pipeline_[^/]*\.(?:log|lock)|progress_[^/]*\.(?:txt|json))")
+# What a program may leave: its log and the progress of its run, and finished work that the next run goes on with
+# (downloads that were checked against what the hub announced, sources of text that are refined already).
+LEFT = re.compile(
+    r"root/logs/(?:pipeline_[^/]*\.(?:log|lock)|progress_[^/]*\.(?:txt|json))"
+    r"|root/data/(?:sample/02_refined/\.shards/|01_raw/(?:\.published|\.stages/origins|00_korean)/).*"
+)
 # Small enough that every stage of the chain takes a second; the programs are the shipped ones.
 CHAIN = (
     ("model/build_tiny_model",),
@@ -222,6 +226,7 @@ class Place:
             import hub_repositories
 
             known |= hub_repositories.environment(hub)
+            hub.tokens = {hub_repositories.TOKEN: set(hub_repositories.GATED)}
             case.hub(hub)
         known |= case.environment
         if case.prepare:

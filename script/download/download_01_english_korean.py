@@ -155,7 +155,9 @@ def main(argv: list[str] | None = None) -> int:
         for file in records.row_files(paths.raw_pairs):
             for row in islice(records.read_rows(file), 3):
                 if not all(any(isinstance(row.get(name), str) for name in names) for names in COLUMNS):
-                    raise PipelineError(f'{show(file)}: needs the columns "en" and "ko"; found {", ".join(row)}')
+                    raise PipelineError(
+                        f'{show(file)}: needs the columns "en" and "ko"; found {", ".join(row)}; rename them'
+                    )
             counts[file.parent.name] = counts.get(file.parent.name, 0) + 1
             log.info("%s: readable", show(file))
         stage.complete(counts=counts, origins=origins)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import errno
 import logging
+import math
 import os
 import re
 import signal
@@ -16,13 +17,15 @@ import sys
 import time
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from medgemma_korean import processes, profiles
 from medgemma_korean.paths import RunPaths
 
 EXIT_DONE, EXIT_BUG, EXIT_INPUT, EXIT_GATE, EXIT_INTERRUPTED = 0, 1, 2, 3, 130
+
+DATA = "give a folder that holds 01_raw"
 
 log = logging.getLogger("medgemma_korean")
 
@@ -61,7 +64,9 @@ def make_parser(doc: str, *, device: bool = False, force: bool = True) -> argpar
             "--force", action="store_true", help="redo a stage whose input or settings differ; old results are kept"
         )
     if device:
-        parser.add_argument("--device", help="cuda:0, cpu, ... (default: cuda:0 where there is one, else cpu)")
+        parser.add_argument(
+            "--device", type=device_name, help="cuda:0, cpu, ... (default: cuda:0 where there is one, else cpu)"
+        )
     return parser
 
 
@@ -87,6 +92,48 @@ def positive_float(text: str) -> float:
     return value
 
 
+def seed(text: str) -> int:
+    """argparse type: a seed that every random generator takes."""
+    try:
+        value = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
+    if not 0 <= value < 2**32:
+        raise argparse.ArgumentTypeError("not a seed from 0 to 4,294,967,295")
+    return value
+
+
+def number(text: str) -> float:
+    """argparse type: a finite number."""
+    try:
+        value = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"{text} is not a finite number")
+    return value
+
+
+def token_number(text: str) -> int | str:
+    """argparse type: "auto", or how many tokens at most."""
+    if text == "auto":
+        return text
+    try:
+        value = int(text)
+    except ValueError:
+        value = -1
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number of tokens nor auto")
+    return value
+
+
+def device_name(text: str) -> str:
+    """argparse type: the name of a device; whether this machine has it is asked when it is used."""
+    if not re.fullmatch(r"cpu|cuda(:\d{1,3})?", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a device; use cuda:0 or cpu")
+    return text
+
+
 def resolve(args: argparse.Namespace) -> tuple[profiles.ModelProfile, RunPaths]:
     """The profile and the folders that the shared arguments name.
 
@@ -96,9 +143,13 @@ def resolve(args: argparse.Namespace) -> tuple[profiles.ModelProfile, RunPaths]:
     profile = profiles.get(args.model)
     if args.name is not None and not re.fullmatch(r"[\w가-힣][\w가-힣.+-]*", args.name):
         raise PipelineError(f"--name {args.name!r}: use letters, digits, '.', '_' or '-' only")
-    paths = RunPaths.of(profile.name, profile.data, args.data_dir, args.name)
+    try:
+        paths = RunPaths.of(profile.name, profile.data, args.data_dir, args.name)
+    except RuntimeError:  # pathlib's word for it before Python 3.13
+        raise PipelineError(f"--data-dir {args.data_dir}: no such folder, for its links lead nowhere; {DATA}") from None
     if args.data_dir and not paths.data.is_dir():
-        raise PipelineError(f"--data-dir {args.data_dir}: no such folder")
+        what = "a file, not a folder" if paths.data.is_file() else "no such folder"
+        raise PipelineError(f"--data-dir {args.data_dir}: {what}; {DATA}")
     if not re.fullmatch(r"[\w가-힣][\w가-힣.+-]*", paths.name):
         raise PipelineError(f"the run would be called {paths.name!r}; give it a plain name with --name")
     return profile, paths
@@ -141,7 +192,9 @@ QUIET_LOGGERS = (
 
 def start_logging(paths: RunPaths, program: str) -> None:
     """Log to the terminal and, with the time, to `logs/pipeline_<name>.log`; of several processes only errors."""
-    paths.logs.mkdir(parents=True, exist_ok=True)
+    from medgemma_korean.records import make_folder  # which imports this module
+
+    make_folder(paths.logs)
     log.setLevel(logging.INFO if processes.is_main() else logging.ERROR)
     log.handlers.clear()
     terminal = logging.StreamHandler(sys.stdout)
@@ -228,7 +281,9 @@ def run(main: Callable[[], int | None]) -> int:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             _say(f"error: no space left on the disk of {error.filename or Path.cwd()}; free some and run again")
         elif error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
-            _say(f"error: no permission for {error.filename}: {error.strerror}")
+            _say(
+                f"error: no permission for {error.filename}: {error.strerror}; change it with chmod or chown, and run again"
+            )
         elif error.errno in (errno.EIO, errno.ELOOP, errno.ENAMETOOLONG, errno.ESTALE):
             _say(f"error: {error.filename or Path.cwd()}: {error.strerror}")
         else:
@@ -253,6 +308,11 @@ def _say(message: str) -> None:
 def count(number: int, noun: str) -> str:
     """`1 row`, `2 rows`, `1,234 rows`."""
     return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
+def listed(counts: Mapping[str, int]) -> str:
+    """`read 30, kept 0`."""
+    return ", ".join(f"{name} {number:,}" for name, number in counts.items())
 
 
 def size_text(number: float) -> str:

@@ -96,7 +96,7 @@ def read_manual_file(folder: Path, manual: ManualFile) -> Iterator[Entry]:
         raise PipelineError(f"{show(path)}: no such file")
     pairs, problems = read_pairs(path.read_bytes(), manual)
     if errors := [problem for problem in problems if problem.error]:
-        raise PipelineError("\n  ".join(in_words(path, errors)))
+        raise PipelineError("\n  ".join(in_words(path, errors)) + "\nMANUAL_DATA.md says how this file looks.")
     for key, value, line in pairs:
         # Both directions are wanted as Korean term -> English equivalent; the reverse prompt asks the other way.
         term, definition = (value, key) if manual.reversed else (key, value)

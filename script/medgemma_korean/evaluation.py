@@ -28,7 +28,7 @@ def dev_items(paths: RunPaths, limit: int | None = None) -> list[dict[str, Any]]
     """The dev items in their fixed order. Raises PipelineError when there is none."""
     items = mcq.read_items(paths.mcq / "dev.jsonl", also=("id",))
     if not items:
-        raise PipelineError(f"{paths.mcq / 'dev.jsonl'}: no dev questions; nothing could be scored")
+        raise PipelineError(f"{paths.mcq / 'dev.jsonl'}: no dev questions; nothing could be scored. Refine them again")
     return items[:limit] if limit else items
 
 
@@ -45,7 +45,7 @@ def held_out_texts(paths: RunPaths, profile: ModelProfile) -> dict[str, list[str
     }
     for name, texts in found.items():
         if not texts:
-            raise PipelineError(f"no held-out {name} text; bits per character cannot be measured")
+            raise PipelineError(f"no held-out {name} text; bits per character cannot be measured. Refine more text")
         found[name] = _first_characters(texts, profile.score_characters)
     return found
 

@@ -46,7 +46,9 @@ def pick_device(wanted: str | None) -> str:
     except RuntimeError:
         raise PipelineError(f"--device {wanted}: not a device; use cuda:0 or cpu") from None
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise PipelineError(f"--device {wanted}: this machine has {torch.cuda.device_count()} CUDA devices")
+        raise PipelineError(
+            f"--device {wanted}: this machine has {torch.cuda.device_count()} CUDA devices; use cpu, or leave it out"
+        )
     if device.type == "cuda" and device.index:
         raise PipelineError(f"--device {wanted}: choose the card with CUDA_VISIBLE_DEVICES={device.index} instead")
     if device.type not in ("cpu", "cuda"):
@@ -73,8 +75,9 @@ def text_config(folder: Path) -> Any:
         raise PipelineError(f"{folder}: no model there (config.json is missing)")
     try:
         config = AutoConfig.from_pretrained(folder)
-    except (ValueError, OSError) as error:
-        raise PipelineError(f"{folder}: cannot read config.json ({str(error).splitlines()[0]})") from None
+    except Exception as error:  # of every kind: the file may hold anything
+        reason = " ".join(str(error).split())[:300]
+        raise PipelineError(f"{folder}: config.json cannot be read ({reason}); bring the model's own") from None
     config = getattr(config, "text_config", config)
     if not isinstance(config, Gemma3TextConfig):
         raise PipelineError(f"{folder}: a model of the kind {config.model_type}, not Gemma 3")

@@ -33,6 +33,11 @@ from medgemma_korean.cli import EXIT_DONE, EXIT_GATE, Every, GateError, Interrup
 from medgemma_korean.paths import RunPaths, show
 
 RECORD_NAME = "stage.json"
+# What a record holds under these keys, and what it says of a file.
+KINDS = {"program": str, "fingerprint": str, "identity": dict, "home": str}
+KINDS |= {"inputs": dict, "raw_files": dict, "outputs": dict}
+FILE = {"size", "mtime_ns", "sha256"}
+IDENTITY = {"format", "settings", "inputs"}
 LIBRARIES = (
     "torch",
     "transformers",
@@ -100,13 +105,20 @@ def changed_files(described: dict[str, dict[str, Any]], home: Path, thorough: bo
 
 def read_record(path: Path) -> dict[str, Any] | None:
     """The record at `path`, or None where the stage is not complete. Raises PipelineError for what is no record."""
-    record = records.read_json(path) if path.is_file() else None
-    if record is not None and not isinstance(record, dict):
-        raise _no_record(path)
+    if not path.is_file():
+        return None
+    try:
+        record = records.read_json(path)
+    except PipelineError:
+        raise no_record(path) from None
+    if not isinstance(record, dict) or not all(isinstance(record.get(k, kind()), kind) for k, kind in KINDS.items()):
+        raise no_record(path)
+    if any(not isinstance(entry, dict) or not FILE <= entry.keys() for entry in record.get("outputs", {}).values()):
+        raise no_record(path)
     return record
 
 
-def _no_record(path: Path) -> PipelineError:
+def no_record(path: Path) -> PipelineError:
     return PipelineError(f"{show(path)}: not a stage record; move it away, and the stage counts as incomplete")
 
 
@@ -190,7 +202,7 @@ class Stage:
                 problems.append(f"{item.role}: {show(item.path)} {state}{hint}")
                 return None
             if "fingerprint" not in record:
-                raise _no_record(item.record)
+                raise no_record(item.record)
             return record["fingerprint"]
         if not item.path.exists():
             if not item.optional:
@@ -235,8 +247,8 @@ class Stage:
         self._seen = [record]
         if record is None:
             return None
-        if not {"identity", "outputs", "home"} <= record.keys():
-            raise _no_record(self.record_path)
+        if not {"identity", "outputs", "home"} <= record.keys() or not IDENTITY <= record["identity"].keys():
+            raise no_record(self.record_path)
         differences = self._differences(record)
         if not differences:
             differences = check_outputs(self.record_path)
@@ -280,7 +292,7 @@ class Stage:
             if record is None:
                 continue
             if not {"program", "outputs", "home"} <= record.keys():
-                raise _no_record(item.record)
+                raise no_record(item.record)
             home = item.record.parent / record["home"]
             inside = {
                 k: v for k, v in record["outputs"].items() if (home / k).resolve().is_relative_to(item.path.resolve())
@@ -328,7 +340,7 @@ class Stage:
 
     @contextlib.contextmanager
     def work(self, resumable: bool = False) -> Iterator[Path]:
-        """The temporary neighbour to write into. It is kept on error; a resumable stage continues in it.
+        """The temporary neighbour to write into. What a resumable stage has in it is kept on error, to be continued.
 
         Raises PipelineError while another process is at work in it. Of processes that train together the first one
         checks, locks and makes it; the others wait for that.
@@ -345,7 +357,7 @@ class Stage:
         identity_file = self._work / ".identity.json"
         if self._work.exists():
             begun = records.read_json(identity_file) if identity_file.is_file() else None
-            if resumable and isinstance(begun, dict) and {"format", "inputs", "settings"} <= begun.keys():
+            if resumable and isinstance(begun, dict) and IDENTITY <= begun.keys():
                 differences = self._differences({"identity": begun})
                 if not differences:
                     self._resumed = True
@@ -374,7 +386,15 @@ class Stage:
             raise
         except BaseException as error:
             self._report(state="failed", metric=str(error).splitlines()[0][:100] if str(error) else "")
+            if isinstance(error, (PipelineError, OSError)):
+                self._clear(resumable)
             raise
+
+    def _clear(self, resumable: bool) -> None:
+        """Leave nothing of a run that a wrong input ended, unless there is something to continue."""
+        with contextlib.suppress(OSError):
+            if not resumable or os.listdir(self._work) == [".identity.json"]:
+                shutil.rmtree(self._work)
 
     @property
     def resumed(self) -> bool:

@@ -91,7 +91,7 @@ def make_parser(doc: str) -> argparse.ArgumentParser:
     parser.add_argument("--replay", type=share, metavar="X", help="share of replayed text, against forgetting")
     parser.add_argument("--report-to", choices=tuple(TRACKERS), help="tracker beside TensorBoard")
     parser.add_argument("--shard", action="store_true", help="divide the base between processes (bf16 and fp32 only)")
-    parser.add_argument("--seed", type=int, default=SEED, help=f"seed of order and shuffles (default: {SEED})")
+    parser.add_argument("--seed", type=cli.seed, default=SEED, help=f"seed of order and shuffles (default: {SEED})")
     parser.add_argument("--allow-regression", action="store_true", help="go on where a gate fails")
     return parser
 

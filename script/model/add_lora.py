@@ -280,12 +280,12 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--shift",
-        type=float,
+        type=cli.number,
         default=0.0,
         metavar="S",
         help="lower the logits of new rows by about S, against their use in English text (default: 0)",
     )
-    parser.add_argument("--seed", type=int, default=SEED, help=f"seed of the adapter's weights (default: {SEED})")
+    parser.add_argument("--seed", type=cli.seed, default=SEED, help=f"seed of the adapter's weights (default: {SEED})")
     parser.add_argument("--allow-regression", action="store_true", help="go on where a gate failed")
     return parser
 
@@ -304,7 +304,7 @@ def main(argv: list[str] | None = None) -> int:
     }
     link = None
     if args.second and args.shift:
-        raise PipelineError("--shift is for new rows, of which --second makes none")
+        raise PipelineError("--shift is for new rows, of which --second makes none; leave it out")
     if args.second:
         link = chain.nearest(paths, "add_lora_second")
         inputs = link.inputs(paths)

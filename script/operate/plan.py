@@ -21,7 +21,7 @@ from pathlib import Path
 
 from medgemma_korean import cli, profiles, progress, shapes
 from medgemma_korean.cli import PipelineError
-from medgemma_korean.paths import DRIVER_STAGES, RunPaths, show
+from medgemma_korean.paths import DRIVER_STAGES, RunPaths, project_root, show
 from medgemma_korean.profiles import ModelProfile
 from medgemma_korean.sources import BY_KEY
 from medgemma_korean.stage import check_outputs, read_record
@@ -58,7 +58,7 @@ def chosen_stages(args: argparse.Namespace) -> list[str]:
     first = DRIVER_STAGES.index(pick_stage(args.from_stage, "--from"))
     last = DRIVER_STAGES.index(pick_stage(args.to_stage, "--to"))
     if first > last:
-        raise PipelineError(f"--from {DRIVER_STAGES[first]} comes after --to {DRIVER_STAGES[last]}")
+        raise PipelineError(f"--from {DRIVER_STAGES[first]} comes after --to {DRIVER_STAGES[last]}; exchange the two")
     return list(DRIVER_STAGES[first : last + 1])
 
 
@@ -79,6 +79,8 @@ def demonstration(profile: ModelProfile) -> str:
 
 def answers(args: argparse.Namespace, profile: ModelProfile, paths: RunPaths) -> dict[str, str]:
     """What the driver needs to know, so that the shell spells no folder name."""
+    if "\n" in str(paths.logs):
+        raise PipelineError(f"{str(project_root())!r}: a line break in the path; set MEDGEMMA_KOREAN_ROOT to another")
     return {
         "name": paths.name,
         "log": str(paths.log),
@@ -227,6 +229,10 @@ def make_parser() -> argparse.ArgumentParser:
         parser.add_argument(f"--epochs-{number}", type=cli.positive_int, metavar="N", help=f"epochs of train_{number}")
     parser.add_argument("--max-samples", type=cli.positive_int, metavar="N", help="training rows of each stage")
     parser.add_argument("--allow-regression", action="store_true", help="go on where a gate fails")
+    # Of stages that come hours later: what is wrong is said at once.
+    parser.add_argument("--precision", choices=("auto", "8bit", "nf4", "bf16", "fp32"), help="of the frozen base")
+    parser.add_argument("--new-tokens", type=cli.token_number, metavar="N", help="most new tokens, or auto")
+    parser.add_argument("--min-count", type=cli.positive_int, metavar="N", help="times a new token has to stand there")
     parser.add_argument("--paths", action="store_true", help="print what the driver needs, as key=value, and end")
     return parser
 

@@ -110,7 +110,10 @@ def main(argv: list[str] | None = None) -> int:
     if args.set:
         stage, state = args.set
         if stage not in DRIVER_STAGES or state not in STATES:
-            raise cli.PipelineError(f"--set {stage} {state}: no such stage or state")
+            raise cli.PipelineError(
+                f"--set {stage} {state}: no such stage or state; the stages are "
+                f"{' '.join(DRIVER_STAGES)}, the states {', '.join(STATES)}"
+            )
         note(paths, stage, state)
     elif args.holder:
         print(holder_line(paths))

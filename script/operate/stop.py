@@ -56,7 +56,7 @@ def main(argv: list[str] | None = None) -> int:
     driver = progress.driver_of(paths)
     pids = [driver] if driver else left_behind(paths)
     if not pids:
-        raise PipelineError(f"nothing of the run {paths.name} is running")
+        raise PipelineError(f"nothing of the run {paths.name} is running; --status says how it went")
     print(f"waiting for {what_runs(paths)}, pid {', '.join(map(str, pids))}", flush=True)
     for pid in pids:
         try:

@@ -18,20 +18,20 @@ from pathlib import Path
 from medgemma_korean import cli, progress, records
 from medgemma_korean.cli import PipelineError
 from medgemma_korean.paths import RunPaths, show
-from medgemma_korean.stage import check_outputs
+from medgemma_korean.stage import check_outputs, no_record, read_record
 
 
 def problems_of(record_path: Path, paths: RunPaths) -> list[str]:
     """What is wrong with one complete stage. A damaged record is a problem, not an end."""
     try:
-        record = records.read_json(record_path)
+        record = read_record(record_path)
         found = check_outputs(record_path, thorough=True) + progress.changed_inputs(record_path, paths, thorough=True)
         if records.digest_of(record["identity"]) != record["fingerprint"]:
             found.append(f"{show(record_path)}: the fingerprint is not that of its identity")
     except PipelineError as error:
         return [str(error)]
-    except (KeyError, TypeError, AttributeError) as error:
-        return [f"{show(record_path)}: not a stage record ({type(error).__name__}: {error})"]
+    except (KeyError, TypeError, AttributeError):
+        return [str(no_record(record_path))]
     return found
 
 
@@ -53,9 +53,13 @@ def main(argv: list[str] | None = None) -> int:
             print(f"{program:30}{'sound' if not problems else cli.count(len(problems), 'problem')}", flush=True)
             found += [f"{program}: {problem}" for problem in problems]
     if not checked:
-        raise PipelineError(f"the run {paths.name} has no complete stage to verify")
+        raise PipelineError(f"the run {paths.name} has no complete stage to verify; ./run_full_pipeline.sh makes them")
     if found:
-        raise PipelineError(f"{cli.count(len(found), 'problem')}:\n  " + "\n  ".join(found))
+        raise PipelineError(
+            f"{cli.count(len(found), 'problem')}:\n  "
+            + "\n  ".join(found)
+            + "\nBring back what was there, or make that stage again with --force (old results are kept as .previous)."
+        )
     print(f"{cli.count(checked, 'complete stage')}, all sound")
     return 0
 
