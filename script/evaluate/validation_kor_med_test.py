@@ -67,6 +67,8 @@ def count_look(paths: RunPaths, **what: Any) -> int:
     """Record a look at the test split before a score of it exists; returns how many there are by now."""
     file = paths.report / "test_looks.json"
     looks = records.read_json(file) if file.is_file() else []
+    if not isinstance(looks, list):
+        raise PipelineError(f"{show(file)}: not the list of looks at the test split; bring it back, or move it away")
     looks.append({"time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"), **what})
     records.write_json(file, looks)
     return len(looks)

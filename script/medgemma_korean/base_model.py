@@ -130,17 +130,13 @@ def require_whole(folder: Path) -> None:
     tokenizer = tokenizers.load(folder)
     rows = shapes[checkpoints.MATRIX][0]
     if len(tokenizer) > rows:
-        raise PipelineError(
-            f"{show(folder)}: {len(tokenizer):,} token ids, but {rows:,} rows; this tokenizer is another's; bring its own"
-        )
+        raise PipelineError(f"{show(folder)}: {len(tokenizer):,} token ids, but {rows:,} rows; bring its own tokenizer")
     turns = (tokenizers.START_OF_TURN, tokenizers.END_OF_TURN)
     lacks = [token for token in turns if tokenizer.convert_tokens_to_ids(token) in (None, tokenizer.unk_token_id)]
     lacks += [f"a {name} token" for name in ("bos", "eos", "pad") if getattr(tokenizer, f"{name}_token_id") is None]
     if tokenizer.chat_template is None:
         lacks.append("a chat template")
     if lacks:
-        if not want.target.exists():
-            want.pin.unlink(missing_ok=True)
         raise PipelineError(
             f"{show(folder)}: its tokenizer lacks {', '.join(lacks)}; an instruction-tuned Gemma 3 has it"
         )
@@ -148,7 +144,7 @@ def require_whole(folder: Path) -> None:
 
 def new_ids(folder: Path) -> list[int]:
     """The token rows that train with the first adapter: those that `base_info.json` names, else none."""
-    return list(records.read_json(folder / INFO).get("new_ids", [])) if (folder / INFO).is_file() else []
+    return list(records.read_object(folder / INFO).get("new_ids", [])) if (folder / INFO).is_file() else []
 
 
 # by content ---------------------------------------------------------------------------------------------

@@ -186,7 +186,7 @@ def check_tokenizer(base: Path, adapter: Path | None = None) -> None:
     """
     info = base / "base_info.json"
     has = records.sha256_once(base / "tokenizer.json")
-    if info.is_file() and records.read_json(info)["tokenizer_sha256"] != has:
+    if info.is_file() and records.read_object(info, "tokenizer_sha256")["tokenizer_sha256"] != has:
         raise PipelineError(f"{show(base)}: its tokenizer.json is not the one that its rows were made for")
     if adapter and (adapter / "tokenizer.json").is_file() and records.sha256_once(adapter / "tokenizer.json") != has:
         raise PipelineError(f"{show(adapter)}: was trained with another tokenizer than that of its base {show(base)}")

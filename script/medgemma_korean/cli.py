@@ -281,9 +281,7 @@ def run(main: Callable[[], int | None]) -> int:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             _say(f"error: no space left on the disk of {error.filename or Path.cwd()}; free some and run again")
         elif error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
-            _say(
-                f"error: no permission for {error.filename}: {error.strerror}; change it with chmod or chown, and run again"
-            )
+            _say(f"error: no permission for {error.filename}: {error.strerror}; chmod or chown it, and run again")
         elif error.errno in (errno.EIO, errno.ELOOP, errno.ENAMETOOLONG, errno.ESTALE):
             _say(f"error: {error.filename or Path.cwd()}: {error.strerror}")
         else:

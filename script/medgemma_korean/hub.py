@@ -208,8 +208,21 @@ def survey(wanted: list[Want], args: argparse.Namespace) -> list[Plan]:
     return plans
 
 
+def read_pin(file: Path) -> dict[str, Any] | None:
+    """The pin of a source; None where there is none. Raises PipelineError for what is no pin."""
+    if not file.is_file():
+        return None
+    repair = "it is no record of a download; move it away, and the source is asked for anew"
+    known = records.read_object(file, "revision", "files", repair=repair)
+    if not isinstance(known["files"], dict) or not all(
+        isinstance(e, dict) and "size" in e for e in known["files"].values()
+    ):
+        raise PipelineError(f"{file}: {repair}")
+    return known
+
+
 def _plan(want: Want, args: argparse.Namespace) -> Plan:
-    known = records.read_json(want.pin) if want.pin.is_file() else None
+    known = read_pin(want.pin)
     if known is None and want.into is None and want.target.is_dir() and any(want.target.iterdir()):
         return Plan(want, None)
     asked = getattr(args, "max_gb", None)

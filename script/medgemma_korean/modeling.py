@@ -254,8 +254,10 @@ def fresh_adapter(base: Any, profile: ModelProfile, *, second: bool, new_ids: li
 def adapter_config(folder: Path) -> dict[str, Any]:
     """What PEFT wrote of an adapter. Raises PipelineError where there is none."""
     if not (folder / "adapter_config.json").is_file() or not (folder / "adapter_model.safetensors").is_file():
-        raise PipelineError(f"{folder}: no adapter there (adapter_config.json and adapter_model.safetensors)")
-    return records.read_json(folder / "adapter_config.json")
+        raise PipelineError(
+            f"{folder}: no adapter there (adapter_config.json and adapter_model.safetensors); train again"
+        )
+    return records.read_object(folder / "adapter_config.json", "peft_type", repair="bring the adapter anew")
 
 
 def load_adapter(base: Any, folder: Path, *, trainable: bool) -> Any:
@@ -272,13 +274,18 @@ def load_adapter(base: Any, folder: Path, *, trainable: bool) -> Any:
     try:
         # Without is_trainable nothing would train, and no library says so.
         model = PeftModel.from_pretrained(base, folder, is_trainable=trainable)
-    except (RuntimeError, ValueError) as error:
-        raise PipelineError(f"{folder}: does not fit its base ({str(error).splitlines()[0]})") from None
+    except (RuntimeError, ValueError, KeyError, TypeError, OSError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise PipelineError(
+            f"{folder}: does not fit its base ({reason}); bring the right one, or train again"
+        ) from None
     # PEFT only warns of tensors that are missing, and says nothing of those that found no place.
     with safe_open(folder / "adapter_model.safetensors", "pt") as file:
         unmatched = sorted(set(file.keys()) ^ get_peft_model_state_dict(model, save_embedding_layers=False).keys())
     if unmatched:
-        raise PipelineError(f"{folder}: does not fit its base ({len(unmatched)} tensors, first {unmatched[0]})")
+        raise PipelineError(
+            f"{folder}: does not fit its base ({len(unmatched)} tensors, first {unmatched[0]}); train again"
+        )
     token_rows.apart(model)
     return _checked(model) if trainable else model
 
@@ -343,4 +350,4 @@ def write_base_info(folder: Path, **values: Any) -> None:
 
 
 def base_info(folder: Path) -> dict[str, Any]:
-    return records.read_json(folder / "base_info.json")
+    return records.read_object(folder / "base_info.json")

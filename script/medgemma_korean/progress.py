@@ -40,7 +40,8 @@ def read_state(paths: RunPaths) -> dict[str, Any]:
     """The progress state; an empty one where nothing has run or the file is damaged."""
     with contextlib.suppress(records.PipelineError):
         state = records.read_json(paths.progress_state)
-        if isinstance(state, dict) and isinstance(state.get("stages"), dict):
+        stages = state.get("stages") if isinstance(state, dict) else None
+        if isinstance(stages, dict) and all(isinstance(e, dict) and "state" in e for e in stages.values()):
             return state
     return {"name": paths.name, "stages": {}}
 
@@ -256,12 +257,15 @@ def changed_inputs(record_path: Path, paths: RunPaths, thorough: bool = False) -
     return found
 
 
+AWAY = "it is no stage record; move it away"
+
+
 def _maker_of(path: Path) -> dict[str, Any] | None:
     """The record of the stage that made a model folder or a refined file or folder."""
     if (path / "stage.json").is_file():
-        return records.read_json(path / "stage.json")
+        return records.read_object(path / "stage.json", "fingerprint", repair=AWAY)
     for file in sorted((path.parent / ".stages").glob("refine_*.json")):
-        record = records.read_json(file)
+        record = records.read_object(file, "home", "outputs", "fingerprint", repair=AWAY)
         made = (Path(os.path.normpath(file.parent / record["home"] / output)) for output in record["outputs"])
         if any(output.is_relative_to(path) for output in made):
             return record

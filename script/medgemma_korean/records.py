@@ -96,6 +96,16 @@ def read_json(path: Path) -> Any:
         raise PipelineError(f"{path}: JSON nested too deeply; bring it anew") from None
 
 
+def read_object(path: Path, *needs: str, repair: str = "bring it anew") -> dict[str, Any]:
+    """A JSON file that holds an object with these keys. Raises PipelineError, with what to do, for another one."""
+    value = read_json(path)
+    if not isinstance(value, dict):
+        raise PipelineError(f"{path}: expected a JSON object, found {type(value).__name__}; {repair}")
+    if lacks := [key for key in needs if key not in value]:
+        raise PipelineError(f"{path}: lacks {', '.join(lacks)}; {repair}")
+    return value
+
+
 def read_list(path: Path, needs: Sequence[str] = ()) -> list[dict[str, Any]]:
     """Rows of a JSON file that holds a list of objects.
 

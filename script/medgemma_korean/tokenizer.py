@@ -165,7 +165,7 @@ def read_spec(folder: Path) -> dict[str, Any]:
     spec = records.read_json(folder / "tokenizer.json")
     model = spec.get("model") if isinstance(spec, dict) else None
     if not isinstance(model, dict) or model.get("type", "BPE") != "BPE" or not model.get("merges"):
-        raise PipelineError(f"{folder / 'tokenizer.json'}: holds no BPE merges, so that there is nothing to continue")
+        raise PipelineError(f"{folder / 'tokenizer.json'}: holds no BPE merges to continue; bring that of a Gemma 3")
     return spec
 
 

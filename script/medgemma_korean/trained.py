@@ -293,15 +293,19 @@ def _fitting(
     return dataclasses.replace(settings, micro_batch=processes.agreed(rows))
 
 
+def _scores(file: Path) -> dict[str, Any]:
+    return records.read_object(file, "precision", "mcq", repair="make that model again with --force")
+
+
 def _scored(file: Path, chosen: str, paths: RunPaths, link: chain.Link) -> dict[str, Any]:
     """Scores in the precision that is trained in. Raises PipelineError: scores of two precisions compare nothing."""
     for found in (file, file.with_name(f"{file.stem}-{chosen}{file.suffix}")):
-        if found.is_file() and (scores := records.read_json(found))["precision"] == chosen:
+        if found.is_file() and (scores := _scores(found))["precision"] == chosen:
             return scores
     if not file.is_file():
         again = "make that folder anew" if link.plain else f"run: {paths.command('model/add_lora', '--force')}"
         raise PipelineError(f"{show(file)} is missing; {again}")
-    was = records.read_json(file)["precision"]
+    was = _scores(file)["precision"]
     again = paths.command("model/add_lora", "--precision", chosen, "--force")
     raise PipelineError(
         f"{file.stem} was scored in {was}, and scores of {chosen} cannot be compared with it; "

@@ -157,7 +157,7 @@ def read_pairs(folder: Path) -> Iterator[tuple[str, str, str]]:
             sides = [next((row[name] for name in names if name in row), None) for names in COLUMNS]
             if not all(isinstance(side, str) for side in sides):
                 raise PipelineError(
-                    f'{show(file)}, row {number}: needs the texts "en" and "ko"; the row has {", ".join(row)}; correct it'
+                    f'{show(file)}, row {number}: needs the texts "en" and "ko"; the row has {", ".join(row)}; mend it'
                 )
             yield sides[0], sides[1], origin
 
