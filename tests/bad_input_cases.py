@@ -261,7 +261,7 @@ CASES: list[Case] = [
 PLAN, STATUS, STOP, VERIFY, LAUNCH = (f"operate/{name}" for name in ("plan", "status", "stop", "verify", "launch"))
 RECORD = f"{REFINED}/.stages/refine_00_plain_text.json"
 CASES += [
-    Case(PLAN, "an option that does not exist", ("--frob",), "--frob", "see plan.py --help"),
+    Case(PLAN, "an option that does not exist", ("--frob",), "--frob", "see ./run_full_pipeline.sh --help"),
     Case(
         PLAN, "a record that is a list", (), "refine_00_plain_text.json", "move it away", has(RECORD, "[]"), "refined"
     ),
@@ -1009,7 +1009,7 @@ CASES += [
         R_EXAM,
         "the record of another program",
         (),
-        "something differs",
+        "it is of refine_00_plain_text, not of refine_02_kor_med_test",
         "--force",
         lambda root: (root / REFINED / ".stages/refine_02_kor_med_test.json").write_bytes((root / RECORD).read_bytes()),
         "refined",
@@ -1953,3 +1953,7 @@ CASES += [
         has("model/raw/medgemma-4b/config.json", "[1]"),
     ),
 ]
+
+# The cases of a program stand together, in the order in which the programs come above.
+_ORDER = list(dict.fromkeys(case.program for case in CASES))
+CASES.sort(key=lambda case: _ORDER.index(case.program))

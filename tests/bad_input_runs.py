@@ -305,7 +305,7 @@ def snapshot(folder: Path) -> dict[str, str]:
 
 def stable(text: str, folder: Path, hub: Any = None) -> str:
     """The text without what differs from run to run and from machine to machine."""
-    text = text.replace(str(folder), "").replace(str(REPOSITORY), "PROJECT")
+    text = text.replace(f"{folder}/root", "ROOT").replace(str(folder), "").replace(str(REPOSITORY), "PROJECT")
     if hub is not None:
         text = text.replace(hub.url, "HUB").replace(hub.url.removeprefix("http://"), "HUB")
     return re.sub(r"\bpid \d+", "pid N", re.sub(r"\d+(?:\.\d+)? GB free", "N GB free", text))

@@ -75,7 +75,7 @@ def test_a_stage_that_stopped_names_its_program(paths, state):
     assert "refine_01_medical_dict: why" in paths.progress.read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("damage", [b"", b"{", b"[]", b'{"stages": 3}', b"\xff\xfe"])
+@pytest.mark.parametrize("damage", [b"", b"{", b"[]", b'{"stages": 3}', b'{"stages": {"train_00": 5}}', b"\xff\xfe"])
 def test_a_damaged_state_is_no_reason_to_stop(paths, damage):
     paths.logs.mkdir(parents=True)
     paths.progress_state.write_bytes(damage)

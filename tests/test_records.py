@@ -212,3 +212,17 @@ def test_what_stands_in_the_way_of_a_folder_is_named(tmp_path, below):
     for name, what in (("file", "a file"), ("link", "a link to a folder that does not exist")):
         with pytest.raises(PipelineError, match=f"/{name}: {what} where a folder is needed; move it away"):
             records.make_folder(tmp_path / name / below)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [("[1]", "found list; do this"), ("3", "found int; do this"), ('{"a": 1}', "lacks b, c; do this")],
+)
+def test_a_file_of_another_shape_is_refused_with_what_to_do(tmp_path, text, reason):
+    file = tmp_path / "x.json"
+    file.write_text(text)
+    with pytest.raises(PipelineError) as error:
+        records.read_object(file, "a", "b", "c", repair="do this")
+    assert str(error.value).startswith(f"{file}: ") and str(error.value).endswith(reason)
+    file.write_text('{"a": 1, "b": 2, "c": 3}')
+    assert records.read_object(file, "a", "c")["b"] == 2

@@ -69,8 +69,11 @@ def read_members(archive: Path) -> Iterator[tuple[str, bytes]]:
                     if member.isfile():
                         yield member.name, file.extractfile(member).read()
     except (zipfile.BadZipFile, tarfile.TarError, EOFError, zlib.error, NotImplementedError) as error:
+        reason = (
+            (str(error) or type(error).__name__).splitlines()[0].rstrip(":")
+        )  # tarfile goes on with what each compression thinks of it
         raise PipelineError(
-            f"{show(archive)}: damaged archive ({error}); delete it, and the same command fetches it again"
+            f"{show(archive)}: damaged archive ({reason}); delete it, and the same command fetches it again"
         ) from None
 
 

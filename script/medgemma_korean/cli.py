@@ -49,8 +49,10 @@ class Interrupted(Exception):
 class Parser(argparse.ArgumentParser):
     """argparse in the words of this project: a wrong option is one line and exit code 2."""
 
+    help_of = ""  # whose --help tells more, where it is another program's
+
     def error(self, message: str):
-        self.exit(EXIT_INPUT, f"error: {message}; see {self.prog} --help\n")
+        self.exit(EXIT_INPUT, f"error: {message}; see {self.help_of or self.prog} --help\n")
 
 
 def make_parser(doc: str, *, device: bool = False, force: bool = True) -> argparse.ArgumentParser:

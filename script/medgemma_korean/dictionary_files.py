@@ -296,7 +296,7 @@ def _misplaced(found: str, manual: ManualFile, text: str) -> str:
         return "one term and definition a line: this looks like korean_medical_dict.jsonl or the animal dictionary"
     if found == "list":
         wanted = "one object a line, without brackets and commas" if manual.shape == "lines" else "one JSON object"
-        return f"one JSON list, but this file holds {wanted}"
+        return f"one JSON list, where this file is to hold {wanted}"
     if found == "spread":
         return "an object over several lines: write each object on one line"
     if found == "categories":

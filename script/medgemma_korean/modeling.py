@@ -275,7 +275,7 @@ def load_adapter(base: Any, folder: Path, *, trainable: bool) -> Any:
         # Without is_trainable nothing would train, and no library says so.
         model = PeftModel.from_pretrained(base, folder, is_trainable=trainable)
     except (RuntimeError, ValueError, KeyError, TypeError, OSError) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = ("no " if isinstance(error, KeyError) else "") + " ".join(str(error).split())[:200]
         raise PipelineError(
             f"{folder}: does not fit its base ({reason}); bring the right one, or train again"
         ) from None

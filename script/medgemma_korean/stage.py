@@ -276,6 +276,8 @@ class Stage:
         old, new = record["identity"], self.identity()
         if records.digest_of(old) == records.digest_of(new):
             return []
+        if old.get("program", self.program) != self.program:
+            return [f"it is of {old['program']}, not of {self.program}"]
         found = []
         if old["format"] != new["format"]:
             found.append(f"format of {self.program}: {old['format']} -> {new['format']}")

@@ -157,6 +157,7 @@ def load(folder: Path) -> Any:
         return AutoTokenizer.from_pretrained(folder)
     except Exception as error:  # the library raises bare ones for what is no tokenizer
         reason = (str(error).splitlines() or [""])[0] or type(error).__name__
+        reason = f"no {reason}" if isinstance(error, KeyError) else reason
         raise PipelineError(f"{show(folder)}: its tokenizer cannot be read ({reason}); bring its files anew") from None
 
 

@@ -222,6 +222,7 @@ def disk_line(profile: ModelProfile, paths: RunPaths) -> str:
 
 def make_parser() -> argparse.ArgumentParser:
     parser = cli.make_parser(__doc__, device=True)
+    parser.help_of = "./run_full_pipeline.sh"  # which hands its own options over
     parser.add_argument("--from", dest="from_stage", metavar="S", default=DRIVER_STAGES[0], help="first stage")
     parser.add_argument("--to", dest="to_stage", metavar="S", default=DRIVER_STAGES[-1], help="last stage")
     for number in ("00", "01", "02"):
