@@ -104,7 +104,8 @@ done
 [[ ${#shard[@]} == 0 || ${#launch[@]} -gt 0 ]] || die "--shard goes with --processes N"
 [[ ${#shard[@]} == 0 || ${#precision[@]} -gt 0 ]] || precision=(--precision bf16)   # 8-bit weights cannot be divided
 training=("${precision[@]}" "${shard[@]}")
-asked=("${run[@]}" "${range[@]}" "${samples[@]}" "${device[@]}" "${force[@]}" "${regression[@]}" "${tokens[@]}" "${precision[@]}")
+asked=("${run[@]}" "${range[@]}" "${samples[@]}" "${device[@]}" "${force[@]}" "${regression[@]}")
+asked+=("${tokens[@]}" "${precision[@]}")
 
 # environment and operation ------------------------------------------------------------------------------
 

@@ -665,7 +665,7 @@ CASES += [
         D_MODEL,
         "pickled weights alone",
         LARGE,
-        "google/medgemma-4b-it lacks safetensors weights",
+        "google/medgemma-4b-it: no safetensors weights in it",
         "see ",
         hub=model(
             model_00001_of_00002_safetensors=None,
@@ -687,7 +687,7 @@ CASES += [
         D_MODEL,
         "an adapter alone under a hub id",
         ("--hub-id", "someone/adapter"),
-        "lacks config.json, safetensors weights",
+        "an adapter alone is no base",
         "see ",
         hub=publishes("model", "someone/adapter", {"adapter_config.json": b"{}", "tokenizer.json": b"{}"}),
     ),
@@ -1731,6 +1731,37 @@ CASES += [
         start="chain",
     ),
 ]
+
+CASES += [
+    Case(
+        R_TEXT,
+        "a source without a byte",
+        (),
+        "an empty file (0 bytes)",
+        "remove it",
+        has(f"{TEXT}/namu_wiki/train.jsonl", ""),
+        "sample",
+    ),
+    Case(
+        R_TEXT,
+        "a packed source without a document",
+        (),
+        "no documents",
+        "remove it",
+        has(f"{TEXT}/c4_korean/a.json.gz", gzip.compress(b"")),
+        "sample",
+    ),
+    Case(
+        R_TEXT,
+        "a Parquet file of other columns",
+        (),
+        'no "text" column; found body',
+        "rename the column",
+        has(f"{TEXT}/c4_korean/a.parquet", published.parquet([{"body": "x"}])),
+        "sample",
+    ),
+]
+
 
 # hostile JSON and text, over all programs -----------------------------------------------------------------
 

@@ -75,7 +75,19 @@ def test_a_stage_that_stopped_names_its_program(paths, state):
     assert "refine_01_medical_dict: why" in paths.progress.read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("damage", [b"", b"{", b"[]", b'{"stages": 3}', b'{"stages": {"train_00": 5}}', b"\xff\xfe"])
+ENTRY = {"state": "running", "program": "add_lora", "changed": 1.0, "pid": 1}
+ODD = [5, {}, {"state": "running"}, ENTRY | {"pid": "x"}, ENTRY | {"changed": None}, ENTRY | {"percent": [1]}]
+SHAPES = [json.dumps({"name": "tiny", "stages": {"train_00": entry}}).encode() for entry in ODD]
+
+
+def test_a_sound_state_is_read_as_it_is(paths):
+    paths.logs.mkdir(parents=True)
+    state = {"name": "tiny", "stages": {"train_00": ENTRY | {"eta": None, "metric": "loss 1"}}}
+    paths.progress_state.write_text(json.dumps(state))
+    assert progress.read_state(paths) == state
+
+
+@pytest.mark.parametrize("damage", [b"", b"{", b"[]", b'{"stages": 3}', b'{"stages": {}}', b"\xff\xfe", *SHAPES])
 def test_a_damaged_state_is_no_reason_to_stop(paths, damage):
     paths.logs.mkdir(parents=True)
     paths.progress_state.write_bytes(damage)

@@ -17,6 +17,7 @@ import os
 import re
 import shutil
 import struct
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,8 +70,10 @@ def _shards(folder: Path) -> set[str]:
     if not (folder / INDEX).is_file():
         return set()
     try:
-        names = records.read_json(folder / INDEX)["weight_map"].values()
-        return {name if isinstance(name, str) else name["a name"] for name in names}
+        names = set(records.read_json(folder / INDEX)["weight_map"].values())
+        if not all(isinstance(name, str) for name in names):
+            raise TypeError("a file's name is text")
+        return names
     except (KeyError, TypeError, AttributeError):
         raise PipelineError(f"{show(folder / INDEX)}: not an index of weights; bring it anew") from None
 
@@ -290,14 +293,10 @@ def fetch(want: hub.Want, args: argparse.Namespace, paths: RunPaths, look_first:
     if _brought(want.target):
         return _use_as_it_is(want, args, paths)
     (plan,) = hub.survey([want], args)
-    lacks = [name for name in ("config.json", "tokenizer.json") if name not in plan.files]
-    lacks += [] if any(name.endswith(".safetensors") for name in plan.files) else ["safetensors weights"]
-    if lacks:
+    if problem := _lacking(plan.files):
         if not want.target.exists():
             want.pin.unlink(missing_ok=True)
-        raise PipelineError(
-            f"{want.source.id} lacks {', '.join(lacks)}, which a base needs; see {hub.page(want.source)}"
-        )
+        raise PipelineError(f"{want.source.id}: {problem}; see {hub.page(want.source)}")
     stage = _stage(want, plan.files, args.force or plan.changed, paths)
     if (code := stage.already_complete()) is not None:
         hub.settle(plan)
@@ -314,17 +313,23 @@ def fetch(want: hub.Want, args: argparse.Namespace, paths: RunPaths, look_first:
     return 0
 
 
+def _lacking(files: Iterable[str]) -> str:
+    """What a published model lacks to be a base, before a byte of it is fetched; empty where it is whole."""
+    if "config.json" not in files:
+        return "no config.json in it; an adapter alone is no base"
+    lacks = [] if "tokenizer.json" in files else ["tokenizer.json"]
+    lacks += [] if any(name.endswith(".safetensors") for name in files) else ["safetensors weights"]
+    return f"no {' and no '.join(lacks)} in it" if lacks else ""
+
+
 def _look(plan: hub.Plan, folder: Path) -> None:
     """Raise PipelineError, and leave nothing behind, unless what is to be fetched is a Gemma 3."""
     want = plan.want
-    if "config.json" in plan.files:
-        file = hub.fetch_ahead(plan, "config.json")
-        try:
-            problem = kind_problem(file)
-        except PipelineError:
-            problem = "its config.json is not that of a model"
-    else:
-        problem = "no config.json in it; an adapter alone is no base"
+    file = hub.fetch_ahead(plan, "config.json")
+    try:
+        problem = kind_problem(file)
+    except PipelineError:
+        problem = "its config.json is not that of a model"
     if problem:
         shutil.rmtree(folder)
         want.pin.unlink(missing_ok=True)

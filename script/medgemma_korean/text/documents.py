@@ -238,7 +238,7 @@ def _spans(file: Path, task_bytes: int) -> Iterator[tuple[int, int, int]]:
     with _readable(file):
         size = file.stat().st_size
         if not size:
-            raise PipelineError(f"{show(file)}: an empty file (0 bytes)")
+            raise PipelineError(f"{show(file)}: an empty file (0 bytes); bring it anew, or remove it")
         kind = kind_of(file)
         if kind in ("parquet", "arrow"):
             chunks = _parquet_sizes(file) if kind == "parquet" else list(_arrow_sizes(file))
@@ -338,7 +338,7 @@ def read(task: Task, batch_characters: int = 4_000_000) -> Iterator[Batch]:
 
 def _check_not_blank(file: Path, part: Part) -> None:
     if kind_of(file) in ("lines", "list", "text") and part.stop == file.stat().st_size:
-        raise PipelineError(f"{show(file)}: no documents")
+        raise PipelineError(f"{show(file)}: no documents; bring it anew, or remove it")
 
 
 def check(folder: Path) -> int:
@@ -473,7 +473,7 @@ def _arrow_batches(file: Path, mapped: Any) -> Iterator[Any]:
 
 def _check_schema(file: Path, schema: Any) -> None:
     if TEXT not in schema.names:
-        raise PipelineError(f"{show(file)}: {_no_text(schema.names)}")
+        raise PipelineError(f"{show(file)}: {_no_text(schema.names)}; rename the column")
     if (number := schema.names.count(TEXT)) > 1:
         raise PipelineError(f'{show(file)}: {number} columns are called "{TEXT}"; rename all but one')
     type = schema.field(TEXT).type
