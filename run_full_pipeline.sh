@@ -68,7 +68,7 @@ force=() regression=() device=() samples=() skip_01=() veterinary=()
 epochs_00=() epochs_01=() epochs_02=() tokens=() precision=() launch=() shard=()
 given=("$@")
 
-set_mode() { [[ $mode == run ]] || die "--$mode and $1 exclude each other"; mode=${1#--}; }
+set_mode() { [[ $mode == run ]] || die "--$mode and $1 exclude each other; leave one out"; mode=${1#--}; }
 
 while (($#)); do
   case $1 in --?*=*) set -- "${1%%=*}" "${1#*=}" "${@:2}" ;; esac
@@ -85,7 +85,7 @@ while (($#)); do
     --new-tokens | --min-count) tokens+=("$1" "$2"); shift ;;
     --precision) precision=("$1" "$2"); shift ;;
     --processes)
-      [[ $2 =~ ^[1-9][0-9]*$ ]] || die "--processes $2: not a number of processes"
+      [[ $2 =~ ^[1-9][0-9]*$ ]] || die "--processes $2: not a number of processes; give 1 or more"
       [[ $2 == 1 ]] || launch=("$script/operate/launch.py" "$2")
       shift ;;
     --shard) shard=("$1") ;;
@@ -106,12 +106,13 @@ while (($#)); do
   esac
   shift
 done
-[[ ${#json[@]} == 0 || $mode == status ]] || die "--json goes with --status"
-[[ ! $on_finish || $mode =~ ^(run|background)$ ]] || die "--on-finish goes with a run"
+[[ ${#json[@]} == 0 || $mode == status ]] || die "--json goes with --status; ask --status --json"
+[[ ! $on_finish || $mode =~ ^(run|background)$ ]] || die "--on-finish goes with a run; leave --$mode out"
 [[ ${#shard[@]} == 0 || ${#launch[@]} -gt 0 ]] || die "--shard goes with --processes N"
 [[ ${#shard[@]} == 0 || ${#precision[@]} -gt 0 ]] || precision=(--precision bf16)   # 8-bit weights cannot be divided
 training=("${precision[@]}" "${shard[@]}")
-asked=("${run[@]}" "${range[@]}" "${samples[@]}" "${device[@]}" "${force[@]}" "${regression[@]}" "${tokens[@]}" "${precision[@]}" "${veterinary[@]}")
+asked=("${run[@]}" "${range[@]}" "${samples[@]}" "${device[@]}" "${force[@]}" "${regression[@]}")
+asked+=("${tokens[@]}" "${precision[@]}" "${veterinary[@]}")
 [[ ${#launch[@]} == 0 ]] || asked+=(--processes "${launch[1]}" "${shard[@]}")
 
 # environment and operation ------------------------------------------------------------------------------
@@ -134,7 +135,8 @@ note() { "$python" "$script/operate/note.py" "${run[@]}" "$@"; }
 
 # One run of a name. The lock ends with the processes that hold it; who they are stands in a file beside it. The
 # driver of a background run is handed the lock, open.
-mkdir -p "$(dirname "$log")" || die "$(dirname "$log") cannot be made"
+mkdir -p "$(dirname "$log")" 2> /dev/null ||
+  die "$(dirname "$log") cannot be made; move it away, or set MEDGEMMA_KOREAN_ROOT to another folder"
 [[ /proc/$$/fd/9 -ef $lock ]] || exec 9>> "$lock" || exit 2
 locked=0
 flock --nonblock --conflict-exit-code 75 9 || locked=$?

@@ -159,7 +159,7 @@ def without_turns(folder):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (of_another_vocabulary, "rows; this tokenizer is another's"),
+        (of_another_vocabulary, "rows; bring its own tokenizer"),
         (with_weights(model__norm__weight=None), "1 weights are missing, first model.norm.weight"),
         (with_weights(model__norm__weight=8), "1 weights do not fit config.json, first model.norm.weight"),
         (without_turns, "its tokenizer lacks <end_of_turn>, a chat template"),

@@ -95,7 +95,10 @@ def test_a_wrong_option_in_a_process_of_its_own(run_program):
 
 def test_a_data_folder_that_is_absent(run_program):
     outcome = run_program("refine_all", "--data-dir", "nowhere")
-    assert outcome.code == 2 and outcome.text.strip() == "error: --data-dir nowhere: no such folder"
+    assert (
+        outcome.code == 2
+        and outcome.text.strip() == "error: --data-dir nowhere: no such folder; give a folder that holds 01_raw"
+    )
 
 
 @pytest.mark.parametrize("text", ["0", "-3", "1.5", "x", ""])

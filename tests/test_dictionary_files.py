@@ -83,7 +83,7 @@ BROKEN = {
     "list in .jsonl": (
         KOREAN,
         '[\n{"term": "간", "definition": "Liver"}\n]',
-        ", line 1: one JSON list, but this file holds one object a line",
+        ", line 1: one JSON list, where this file is to hold one object a line",
     ),
     "cut list in .jsonl": (KOREAN, '[\n{"term": "간", "defin', ", line 1: one JSON list"),
     "object in .jsonl": (
@@ -120,7 +120,11 @@ BROKEN = {
     "empty file": (ANIMAL, "", " is empty"),
     "blank file": (GROUPS, "\n \n", " is empty"),
     "no entries": (GROUPS, "{}", " has no entries"),
-    "list in .json": (EN_KO, '[["Liver", "간"]]', ", line 1: one JSON list, but this file holds one JSON object"),
+    "list in .json": (
+        EN_KO,
+        '[["Liver", "간"]]',
+        ", line 1: one JSON list, where this file is to hold one JSON object",
+    ),
     "rows in .json": (
         KO_EN,
         SOUND,

@@ -79,7 +79,19 @@ def test_a_stage_that_stopped_names_its_program(paths, state):
     assert "refine_01_medical_dict: why" in paths.progress.read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("damage", [b"", b"{", b"[]", b'{"stages": 3}', b"\xff\xfe"])
+ENTRY = {"state": "running", "program": "add_lora", "changed": 1.0, "pid": 1}
+ODD = [5, {}, {"state": "running"}, ENTRY | {"pid": "x"}, ENTRY | {"changed": None}, ENTRY | {"percent": [1]}]
+SHAPES = [json.dumps({"name": "tiny", "stages": {"train_00": entry}}).encode() for entry in ODD]
+
+
+def test_a_sound_state_is_read_as_it_is(paths):
+    paths.logs.mkdir(parents=True)
+    state = {"name": "tiny", "stages": {"train_00": ENTRY | {"eta": None, "metric": "loss 1"}}}
+    paths.progress_state.write_text(json.dumps(state))
+    assert progress.read_state(paths) == state
+
+
+@pytest.mark.parametrize("damage", [b"", b"{", b"[]", b'{"stages": 3}', b'{"stages": {}}', b"\xff\xfe", *SHAPES])
 def test_a_damaged_state_is_no_reason_to_stop(paths, damage):
     paths.logs.mkdir(parents=True)
     paths.progress_state.write_bytes(damage)
@@ -182,7 +194,8 @@ from medgemma_korean.paths import RunPaths
 paths, stage = RunPaths.of("tiny", "data/sample"), sys.argv[1]
 for number in range(60):
     with progress.changing(paths) as whole:
-        seen = whole["stages"].setdefault(stage, {"state": "running", "changed": 1.0, "pid": 1, "number": -1})
+        new = {"state": "running", "program": stage, "changed": 1.0, "pid": 1, "number": -1}
+        seen = whole["stages"].setdefault(stage, new)
         assert seen["number"] == number - 1, f"an update of {stage} is lost: {seen}"
         seen["number"] = number
 """

@@ -226,3 +226,17 @@ def test_a_sealed_object_is_read_as_it_was_written_or_not_at_all(tmp_path):
         assert records.read_sealed(file, ["rows"]) is None
     file.write_text('{"rows": 3}')  # of an earlier version
     assert records.read_sealed(file, ["rows"]) == {"rows": 3}
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [("[1]", "found list; do this"), ("3", "found int; do this"), ('{"a": 1}', "lacks b, c; do this")],
+)
+def test_a_file_of_another_shape_is_refused_with_what_to_do(tmp_path, text, reason):
+    file = tmp_path / "x.json"
+    file.write_text(text)
+    with pytest.raises(PipelineError) as error:
+        records.read_object(file, "a", "b", "c", repair="do this")
+    assert str(error.value).startswith(f"{file}: ") and str(error.value).endswith(reason)
+    file.write_text('{"a": 1, "b": 2, "c": 3}')
+    assert records.read_object(file, "a", "c")["b"] == 2

@@ -479,7 +479,7 @@ def test_no_usable_korean_document_and_no_usable_entry(root, load_program):
     folder = raw_of(root) / "01_medical_dict"
     for file in folder.iterdir():
         file.write_text('{"term": "x", "definition": ""}' if file.suffix == ".jsonl" else "{}")
-    with pytest.raises(PipelineError, match="no usable entry of 2"):
+    with pytest.raises(PipelineError, match="no usable entry .read 2, "):
         load_program("refine_01_medical_dict").main([])
 
 

@@ -707,16 +707,16 @@ def cp949(file: Path) -> None:
 
 # file, what happens to it, what is said of it, whether that takes reading it
 DAMAGE = {
-    "parquet cut": ("a.parquet", cut, r": damaged or cut Parquet file \(.+\)", False),
-    "parquet with other bytes": ("a.parquet", flip, r", from row [\d,]+ on: damaged or cut Parquet file \(.+\)", True),
-    "gzip cut": ("a.jsonl.gz", cut, r", line \d+: damaged or cut gz file \(.+\)", True),
+    "parquet cut": ("a.parquet", cut, r": damaged or cut Parquet file \(.+\); bring it anew", False),
+    "parquet with other bytes": ("a.parquet", flip, r", from row [\d,]+ on: damaged or cut .+; bring.*", True),
+    "gzip cut": ("a.jsonl.gz", cut, r", line \d+: damaged or cut gz file \(.+\); bring it anew", True),
     "gzip with other bytes": ("a.txt.gz", flip, r", line \d+: (?:damaged or cut gz file|not UTF-8) ?\(.+\).*", True),
-    "another column": ("a.parquet", wrong_column, r': no "text" column; found title, body', False),
-    "a line without text": ("a.jsonl", line_without_text, r', line 25: no "text" column; found content', True),
-    "an empty file": ("a.jsonl", lambda file: cut(file, 0), r": an empty file \(0 bytes\)", False),
-    "an empty compressed file": ("a.jsonl.gz", lambda file: write(file, []), r": no documents", True),
+    "another column": ("a.parquet", wrong_column, r': no "text" column; found title, body; rename .*', False),
+    "a line without text": ("a.jsonl", line_without_text, r', line 25: no "text" column; found content; .*', True),
+    "an empty file": ("a.jsonl", lambda file: cut(file, 0), r": an empty file \(0 bytes\); bring .*", False),
+    "an empty compressed file": ("a.jsonl.gz", lambda file: write(file, []), r": no documents; bring .*", True),
     "another encoding": ("a.txt", cp949, r", line 1: not UTF-8 \(byte 1\); it reads as CP949 .*iconv.*", True),
-    "a list cut": ("a.json", cut, r", line 1: (?:not valid JSON|not UTF-8) \(.+\)", True),
+    "a list cut": ("a.json", cut, r", line 1: (?:not valid JSON|not UTF-8) \(.+\); .+", True),
 }  # fmt: skip
 
 

@@ -448,7 +448,7 @@ def test_a_train_row_that_stands_there_twice_is_counted(data, refine):
 def test_two_questions_under_one_key_are_an_error(data, refine, split, change):
     row = exam_row(1) if split == "train" else exam_row(6, "dev")
     plant_exam(data, **{split: [row | change]})
-    with pytest.raises(PipelineError, match=rf"{split}\.jsonl: 1 keys \(exam, year, period, number\) twice, first "):
+    with pytest.raises(PipelineError, match=rf"{split}\.jsonl: 1 key \(exam, year, period, number\) twice, first "):
         refine("02_kor_med_test")
 
 

@@ -645,3 +645,47 @@ def test_the_progress_file_follows(paths, error, state):
     assert state_of(paths) == state
     if state == "failed":
         assert "train_00_plain_text: why" in paths.progress.read_text()
+
+
+# wrong input ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("error", [PipelineError("no text"), OSError(errno.ENOSPC, "full")])
+def test_a_wrong_input_leaves_nothing_that_no_run_would_continue(paths, error):
+    run_refine(paths)
+    for made, resumable in ((refine(paths, settings={"seed": 18}, force=True), False), (train(paths), True)):
+        with pytest.raises(type(error)), made.work(resumable) as folder:
+            raise error
+        assert not folder.exists()
+    with pytest.raises(type(error)), train(paths).work(resumable=True) as folder:
+        (folder / "checkpoint-1").mkdir()
+        raise error
+    assert (folder / "checkpoint-1").is_dir() and (folder / ".identity.json").is_file()  # to be continued
+    with pytest.raises(ZeroDivisionError), refine(paths, settings={"seed": 18}, force=True).work() as folder:
+        raise ZeroDivisionError
+    assert folder.is_dir()  # a bug is looked at
+
+
+HOSTILE = [[], 7, "x", {"identity": 1}, {"outputs": []}, {"outputs": {"a": 1}}, {"outputs": {"a": {}}}, {"home": 2}]
+
+
+@pytest.mark.parametrize("change", HOSTILE)
+def test_what_is_no_record_is_refused_in_words(paths, change):
+    run_refine(paths)
+    file = paths.record("refine_00_plain_text")
+    records.write_json(file, records.read_json(file) | change if isinstance(change, dict) else change)
+    for read in (lambda: read_record(file), lambda: refine(paths).already_complete(), lambda: train(paths).identity()):
+        with pytest.raises(PipelineError, match="not a stage record; move it away"):
+            read()
+
+
+def test_the_record_of_another_program_is_one_difference(paths):
+    run_refine(paths)
+    other = refine(paths, settings={"something": "else"})
+    other.program = "refine_01_medical_dict"
+    records.write_json(paths.record(other.program), records.read_json(paths.record("refine_00_plain_text")))
+    other.record_path = paths.record(other.program)
+    with pytest.raises(
+        PipelineError, match="differs:\n  it is of refine_00_plain_text, not of refine_01_medical_dict\n"
+    ):
+        other.already_complete()

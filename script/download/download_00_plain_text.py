@@ -28,6 +28,10 @@ KNOWN = [s.key for s in SOURCES if s.stage == "00" and s.place == "hub"]
 
 def of_a_person(paths: RunPaths) -> list[Path]:
     """What lies in 00_korean without a pin of ours: text that somebody put there. AI Hub's folder does not count."""
+    if paths.raw_korean.is_file():
+        raise PipelineError(
+            f"{show(paths.raw_korean)}: a file where the folder of the sources is expected; move it away"
+        )
     if not paths.raw_korean.is_dir():
         return []
     ours = {BY_KEY[key].folder for key in KNOWN if hub.pin(paths, BY_KEY[key]).is_file()} | {BY_KEY["aihub"].folder}

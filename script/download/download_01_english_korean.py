@@ -72,9 +72,12 @@ def read_members(archive: Path) -> Iterator[tuple[str, bytes]]:
                     if member.isfile():  # no link, no device
                         _require_size(archive, member.name, member.size)
                         yield member.name, file.extractfile(member).read()
-    except (zipfile.BadZipFile, tarfile.TarError, EOFError, zlib.error, RuntimeError) as error:  # that: encrypted
+    # RuntimeError: encrypted, or in a compression that is not known (NotImplementedError)
+    except (zipfile.BadZipFile, tarfile.TarError, EOFError, zlib.error, RuntimeError) as error:
+        # tarfile goes on with what each compression thinks of it
+        reason = (str(error) or type(error).__name__).splitlines()[0].rstrip(":")
         raise PipelineError(
-            f"{show(archive)}: damaged archive ({error}); delete it, and the same command fetches it again"
+            f"{show(archive)}: damaged archive ({reason}); delete it, and the same command fetches it again"
         ) from None
 
 
@@ -166,7 +169,9 @@ def main(argv: list[str] | None = None) -> int:
         for file in records.row_files(paths.raw_pairs):
             for row in islice(records.read_rows(file), 3):
                 if not all(any(isinstance(row.get(name), str) for name in names) for names in COLUMNS):
-                    raise PipelineError(f'{show(file)}: needs the columns "en" and "ko"; found {", ".join(row)}')
+                    raise PipelineError(
+                        f'{show(file)}: needs the columns "en" and "ko"; found {", ".join(row)}; rename them'
+                    )
             counts[file.parent.name] = counts.get(file.parent.name, 0) + 1
             log.info("%s: readable", show(file))
         stage.complete(counts=counts, origins=origins)

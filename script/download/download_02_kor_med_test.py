@@ -131,7 +131,7 @@ def main(argv: list[str] | None = None) -> int:
             unusable = [] if file.stem == "train" else None
             rows = mcq.read_raw_items(file, normalise_line, unusable)
             if not rows:
-                raise PipelineError(f"{show(file)}: no usable questions")
+                raise PipelineError(f"{show(file)}: no usable questions; bring the split anew")
             if unusable:
                 log.warning("%s will be left out, first: %s", cli.count(len(unusable), "question"), unusable[0])
             counts[file.stem] = len(rows)

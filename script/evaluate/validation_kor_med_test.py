@@ -41,6 +41,7 @@ from medgemma_korean.statistics import wilson
 from medgemma_korean.ticker import Ticker
 
 PROGRAM = "validation_kor_med_test"
+ANSWERS = f"a .jsonl of {PROGRAM} or an evaluation.json"
 SEED = 17
 ANSWER_TOKENS = 64  # generate mode: a bare letter needs 2; an untrained model may add its option and a sentence
 REASONING_TOKENS = 1024  # about twice the longest rationale that is trained
@@ -68,6 +69,8 @@ def count_look(paths: RunPaths, **what: Any) -> int:
     """Record a look at the test split before a score of it exists; returns how many there are by now."""
     file = paths.report / "test_looks.json"
     looks = records.read_json(file) if file.is_file() else []
+    if not isinstance(looks, list):
+        raise PipelineError(f"{show(file)}: not the list of looks at the test split; bring it back, or move it away")
     looks.append({"time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"), **what})
     records.write_json(file, looks)
     return len(looks)
@@ -87,7 +90,7 @@ def earlier_answers(file: Path, items: Sequence[Mapping[str, Any]], asked: str) 
     Raises PipelineError where the file holds no answers, other items, or answers in another precision.
     """
     if not file.is_file():
-        raise PipelineError(f"--against {file}: no such file")
+        raise PipelineError(f"--against {file}: no such file; give {ANSWERS}")
     whole: dict[str, Any] = {"predictions": []}
     if file.suffix == ".json":
         read = records.read_json(file)
@@ -95,11 +98,9 @@ def earlier_answers(file: Path, items: Sequence[Mapping[str, Any]], asked: str) 
     else:
         whole["predictions"] = list(records.read_jsonl(file))
     rows = whole["predictions"]
-    if not rows or any(not {"id", "gold", "predicted"} <= row.keys() for row in rows):
-        raise PipelineError(
-            f"--against {show(file)}: no answers there; give a .jsonl of {PROGRAM} or an evaluation.json"
-        )
-    theirs, ours = {row["id"]: row for row in rows}, {item["id"]: item for item in items}
+    if not rows or not all(isinstance(row, dict) and {"id", "gold", "predicted"} <= row.keys() for row in rows):
+        raise PipelineError(f"--against {show(file)}: no answers there; give {ANSWERS}")
+    theirs, ours = {str(row["id"]): row for row in rows}, {item["id"]: item for item in items}
     other = theirs.keys() ^ ours.keys()
     other |= {i for i in theirs.keys() & ours.keys() if theirs[i].get("item", digest(ours[i])) != digest(ours[i])}
     other |= {i for i in theirs.keys() & ours.keys() if theirs[i]["gold"] != ours[i]["answer"]}

@@ -17,6 +17,7 @@ import os
 import re
 import shutil
 import struct
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ FORMAT = 1  # of a fetched model folder
 ROLE = "base model"  # the inputs of a stage are called "base model config.json" and so on
 GEMMA_3 = ("gemma3", "gemma3_text")  # model_type of the multimodal and of the text-only one
 WEIGHTS = (SINGLE, INDEX)
+NEEDS = "Give a folder with the config.json, the tokenizer and all safetensors weights of an unquantised Gemma 3."
 INFO = "base_info.json"  # beside a base that add_lora made
 # As the hub wants its names; "--" is in none, so that it can stand for the "/".
 _NAME = r"(?!.*(?:--|\.\.))[A-Za-z0-9](?:[\w.-]{0,94}[A-Za-z0-9_])?"
@@ -48,7 +50,8 @@ def weights(folder: Path) -> list[str]:
     present = {p.name for p in folder.glob("*.safetensors")}
     problems = [f"{name} is missing, and {INDEX} names it" for name in sorted(shards - present)]
     if not present:
-        problems.append("no safetensors weights")
+        pickled = sorted(p.name for p in folder.glob("*.bin"))
+        problems.append(f"no safetensors weights{f'; {pickled[0]} is pickled, and never loaded' if pickled else ''}")
     for name in sorted(present):
         file = folder / name
         with open(file, "rb") as opened:
@@ -69,14 +72,14 @@ def _shards(folder: Path) -> set[str]:
     try:
         return set(checkpoints.weight_map(folder).values())
     except (KeyError, TypeError, AttributeError):
-        raise PipelineError(f"{show(folder / INDEX)}: not an index of weights") from None
+        raise PipelineError(f"{show(folder / INDEX)}: not an index of weights; bring it anew") from None
 
 
 def _end_of_data(header: bytes) -> int:
     try:
         entries = json.loads(header)
-        return max((e["data_offsets"][1] for k, e in entries.items() if k != "__metadata__"), default=0)
-    except (ValueError, KeyError, TypeError, AttributeError):
+        return int(max((e["data_offsets"][1] for k, e in entries.items() if k != "__metadata__"), default=0))
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError):
         return -1
 
 
@@ -89,7 +92,9 @@ def missing(folder: Path) -> list[str]:
 def kind_problem(config_file: Path) -> str | None:
     """Why a config.json is not that of a Gemma 3 that can be trained on; None where it is."""
     config = records.read_json(config_file)
-    kind = config.get("model_type") if isinstance(config, dict) else None
+    if not isinstance(config, dict) or "model_type" not in config:
+        return "its config.json is not that of a model"
+    kind = config["model_type"]
     if kind not in GEMMA_3:
         return f"a model of the kind {kind}, not Gemma 3"
     if config.get("quantization_config"):
@@ -109,7 +114,7 @@ def require_folder(folder: Path) -> None:
     if (folder / SINGLE).is_file() and (folder / INDEX).is_file() and SINGLE not in _shards(folder):
         problems.append(f"{SINGLE} and {INDEX} are two sets of weights; take one of them away")
     if problems:
-        raise PipelineError(f"{show(folder)} is no base to train on:\n  " + "\n  ".join(problems))
+        raise PipelineError(f"{show(folder)} is no base to train on:\n  " + "\n  ".join(problems) + f"\n{NEEDS}")
 
 
 def require_whole(folder: Path) -> None:
@@ -118,18 +123,14 @@ def require_whole(folder: Path) -> None:
     checkpoint = checkpoints.Checkpoint(folder)
     shapes = checkpoints.shapes_of(checkpoint.config)
     if wrong := [name for name, tensor in checkpoint if tensor.shape != shapes.get(name, tensor.shape)]:
-        raise PipelineError(f"{show(folder)}: {len(wrong)} weights do not fit config.json, first {wrong[0]}")
+        raise PipelineError(
+            f"{show(folder)}: {len(wrong)} weights do not fit config.json, first {wrong[0]}; bring both anew"
+        )
     records.read_json(folder / "tokenizer.json")
-    try:
-        tokenizer = tokenizers.load(folder)
-    except (ValueError, KeyError, OSError, ImportError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise PipelineError(f"{show(folder)}: its tokenizer cannot be read ({reason})") from None
+    tokenizer = tokenizers.load(folder)
     rows = shapes[checkpoints.MATRIX][0]
     if len(tokenizer) > rows:
-        raise PipelineError(
-            f"{show(folder)}: {len(tokenizer):,} token ids, but {rows:,} rows; this tokenizer is another's"
-        )
+        raise PipelineError(f"{show(folder)}: {len(tokenizer):,} token ids, but {rows:,} rows; bring its own tokenizer")
     turns = (tokenizers.START_OF_TURN, tokenizers.END_OF_TURN)
     lacks = [token for token in turns if tokenizer.convert_tokens_to_ids(token) in (None, tokenizer.unk_token_id)]
     lacks += [f"a {name} token" for name in ("bos", "eos", "pad") if getattr(tokenizer, f"{name}_token_id") is None]
@@ -143,7 +144,7 @@ def require_whole(folder: Path) -> None:
 
 def new_ids(folder: Path) -> list[int]:
     """The token rows that train with the first adapter: those that `base_info.json` names, else none."""
-    return list(records.read_json(folder / INFO).get("new_ids", [])) if (folder / INFO).is_file() else []
+    return list(records.read_object(folder / INFO).get("new_ids", [])) if (folder / INFO).is_file() else []
 
 
 # by content ---------------------------------------------------------------------------------------------
@@ -289,6 +290,10 @@ def fetch(want: hub.Want, args: argparse.Namespace, paths: RunPaths, look_first:
     if _brought(want.target):
         return _use_as_it_is(want, args, paths)
     (plan,) = hub.survey([want], args)
+    if problem := _lacking(plan.files):
+        if not want.target.exists():
+            want.pin.unlink(missing_ok=True)
+        raise PipelineError(f"{want.source.id}: {problem}; see {hub.page(want.source)}")
     stage = _stage(want, plan.files, args.force or plan.changed, paths)
     if (code := stage.already_complete()) is not None:
         hub.settle(plan)
@@ -305,13 +310,23 @@ def fetch(want: hub.Want, args: argparse.Namespace, paths: RunPaths, look_first:
     return 0
 
 
+def _lacking(files: Iterable[str]) -> str:
+    """What a published model lacks to be a base, before a byte of it is fetched; empty where it is whole."""
+    if "config.json" not in files:
+        return "no config.json in it; an adapter alone is no base"
+    lacks = [] if "tokenizer.json" in files else ["tokenizer.json"]
+    lacks += [] if any(name.endswith(".safetensors") for name in files) else ["safetensors weights"]
+    return f"no {' and no '.join(lacks)} in it" if lacks else ""
+
+
 def _look(plan: hub.Plan, folder: Path) -> None:
     """Raise PipelineError, and leave nothing behind, unless what is to be fetched is a Gemma 3."""
     want = plan.want
-    if "config.json" in plan.files:
-        problem = kind_problem(hub.fetch_ahead(plan, "config.json"))
-    else:
-        problem = "no config.json in it; an adapter alone is no base"
+    file = hub.fetch_ahead(plan, "config.json")
+    try:
+        problem = kind_problem(file)
+    except PipelineError:
+        problem = "its config.json is not that of a model"
     if problem:
         shutil.rmtree(folder)
         want.pin.unlink(missing_ok=True)
@@ -342,7 +357,7 @@ def _stage(want: hub.Want, files: dict[str, Any], force: bool, paths: RunPaths) 
 
 def _require_model(folder: Path) -> None:
     if problems := missing(folder):
-        raise PipelineError(f"{show(folder)} is not a whole model:\n  " + "\n  ".join(problems))
+        raise PipelineError(f"{show(folder)} is not a whole model:\n  " + "\n  ".join(problems) + f"\n{NEEDS}")
 
 
 def _use_as_it_is(want: hub.Want, args: argparse.Namespace, paths: RunPaths) -> int:

@@ -13,7 +13,7 @@ from typing import Any
 from medgemma_korean import base_model, records
 from medgemma_korean.cli import PipelineError, log
 from medgemma_korean.paths import RunPaths, show
-from medgemma_korean.stage import RECORD_NAME, Input, read_record
+from medgemma_korean.stage import RECORD_NAME, Input, no_record, read_record
 
 
 @dataclass
@@ -142,6 +142,8 @@ def of_folder(paths: RunPaths, folder: Path, role: str | None = None) -> Link:
     record = read_record(folder / RECORD_NAME)
     if record is None:
         raise PipelineError(f"{show(folder)}: no complete model there (stage.json is missing)")
+    if "fingerprint" not in record:
+        raise no_record(folder / RECORD_NAME)
     role = role or folder.parent.name
     if (folder / "base").is_dir():
         return Link(role, folder, folder / "base", None, folder / "adapter", record["fingerprint"])
@@ -160,16 +162,19 @@ def check_base(folder: Path, record: dict[str, Any], base: Path, thorough: bool 
     """
     if "base_files" in record:
         if not (base / "config.json").is_file():
-            raise PipelineError(f"{show(folder)}: its base {show(base)} is gone")
+            raise PipelineError(
+                f"{show(folder)}: its base {show(base)} is gone; bring it back, or train again with --force"
+            )
         if wrong := base_model.changed(base, record["base_files"], thorough):
             raise PipelineError(
                 f"{show(folder)}: its base {show(base)} is another one now; bring the old one back, or train again "
                 "with --force:\n  " + "\n  ".join(wrong)
             )
         return
+    again = "bring it back, or train again with --force"
     maker = read_record(base.parent / RECORD_NAME)
     if maker is None:
-        raise PipelineError(f"{show(folder)}: its base {show(base)} is gone or incomplete")
+        raise PipelineError(f"{show(folder)}: its base {show(base)} is gone or incomplete; {again}")
     if maker["fingerprint"] != record["base_fingerprint"]:
         raise PipelineError(f"{show(folder)}: its base {show(base)} is another one now; train again with --force")
 
@@ -181,7 +186,7 @@ def check_tokenizer(base: Path, adapter: Path | None = None) -> None:
     """
     info = base / "base_info.json"
     has = records.sha256_once(base / "tokenizer.json")
-    if info.is_file() and records.read_json(info)["tokenizer_sha256"] != has:
+    if info.is_file() and records.read_object(info, "tokenizer_sha256")["tokenizer_sha256"] != has:
         raise PipelineError(f"{show(base)}: its tokenizer.json is not the one that its rows were made for")
     if adapter and (adapter / "tokenizer.json").is_file() and records.sha256_once(adapter / "tokenizer.json") != has:
         raise PipelineError(f"{show(adapter)}: was trained with another tokenizer than that of its base {show(base)}")

@@ -13,6 +13,7 @@ import fcntl
 import io
 import logging
 import logging.handlers
+import math
 import os
 import re
 import signal
@@ -20,13 +21,15 @@ import sys
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from medgemma_korean import processes, profiles
 from medgemma_korean.paths import RunPaths
 
 EXIT_DONE, EXIT_BUG, EXIT_INPUT, EXIT_GATE, EXIT_INTERRUPTED = 0, 1, 2, 3, 130
+
+DATA = "give a folder that holds 01_raw"
 
 log = logging.getLogger("medgemma_korean")
 
@@ -53,8 +56,10 @@ class Interrupted(Exception):
 class Parser(argparse.ArgumentParser):
     """argparse in the words of this project: a wrong option is one line and exit code 2."""
 
+    help_of = ""  # whose --help tells more, where it is another program's
+
     def error(self, message: str):
-        self.exit(EXIT_INPUT, f"error: {message}; see {self.prog} --help\n")
+        self.exit(EXIT_INPUT, f"error: {message}; see {self.help_of or self.prog} --help\n")
 
 
 def make_parser(doc: str, *, device: bool = False, force: bool = True) -> argparse.ArgumentParser:
@@ -68,7 +73,9 @@ def make_parser(doc: str, *, device: bool = False, force: bool = True) -> argpar
             "--force", action="store_true", help="redo a stage whose input or settings differ; old results are kept"
         )
     if device:
-        parser.add_argument("--device", help="cuda:0, cpu, ... (default: cuda:0 where there is one, else cpu)")
+        parser.add_argument(
+            "--device", type=device_name, help="cuda:0, cpu, ... (default: cuda:0 where there is one, else cpu)"
+        )
     return parser
 
 
@@ -94,6 +101,48 @@ def positive_float(text: str) -> float:
     return value
 
 
+def seed(text: str) -> int:
+    """argparse type: a seed that every random generator takes."""
+    try:
+        value = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
+    if not 0 <= value < 2**32:
+        raise argparse.ArgumentTypeError("not a seed from 0 to 4,294,967,295")
+    return value
+
+
+def number(text: str) -> float:
+    """argparse type: a finite number."""
+    try:
+        value = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"{text} is not a finite number")
+    return value
+
+
+def token_number(text: str) -> int | str:
+    """argparse type: "auto", or how many tokens at most."""
+    if text == "auto":
+        return text
+    try:
+        value = int(text)
+    except ValueError:
+        value = -1
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number of tokens nor auto")
+    return value
+
+
+def device_name(text: str) -> str:
+    """argparse type: the name of a device; whether this machine has it is asked when it is used."""
+    if not re.fullmatch(r"cpu|cuda(:\d{1,3})?", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a device; use cuda:0 or cpu")
+    return text
+
+
 def resolve(args: argparse.Namespace) -> tuple[profiles.ModelProfile, RunPaths]:
     """The profile and the folders that the shared arguments name.
 
@@ -103,9 +152,13 @@ def resolve(args: argparse.Namespace) -> tuple[profiles.ModelProfile, RunPaths]:
     profile = profiles.get(args.model)
     if args.name is not None and not re.fullmatch(r"[\w가-힣][\w가-힣.+-]*", args.name):
         raise PipelineError(f"--name {args.name!r}: use letters, digits, '.', '_' or '-' only")
-    paths = RunPaths.of(profile.name, profile.data, args.data_dir, args.name)
+    try:
+        paths = RunPaths.of(profile.name, profile.data, args.data_dir, args.name)
+    except RuntimeError:  # pathlib's word for it before Python 3.13
+        raise PipelineError(f"--data-dir {args.data_dir}: no such folder, for its links lead nowhere; {DATA}") from None
     if args.data_dir and not paths.data.is_dir():
-        raise PipelineError(f"--data-dir {args.data_dir}: no such folder")
+        what = "a file, not a folder" if paths.data.is_file() else "no such folder"
+        raise PipelineError(f"--data-dir {args.data_dir}: {what}; {DATA}")
     if not re.fullmatch(r"[\w가-힣][\w가-힣.+-]*", paths.name):
         raise PipelineError(f"the run would be called {paths.name!r}; give it a plain name with --name")
     _paths[:] = [paths]
@@ -241,7 +294,9 @@ def start_logging(paths: RunPaths, program: str) -> None:
     """Log to the terminal and, with the time, to `logs/pipeline_<name>.log`; of several processes only errors."""
     if _silent:
         return
-    paths.logs.mkdir(parents=True, exist_ok=True)
+    from medgemma_korean.records import make_folder  # which imports this module
+
+    make_folder(paths.logs)
     log.setLevel(logging.INFO if processes.is_main() else logging.ERROR)
     log.handlers.clear()
     terminal = logging.StreamHandler(sys.stdout)
@@ -337,7 +392,11 @@ def explain(error: Exception) -> tuple[int, str, str]:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             return EXIT_INPUT, f"no space left on the disk of {place}", "free some and run again"
         if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
-            return EXIT_INPUT, f"no permission for {error.filename}: {error.strerror}", ""
+            return (
+                EXIT_INPUT,
+                f"no permission for {error.filename}: {error.strerror}",
+                "chmod or chown it, and run again",
+            )
         if error.errno in (errno.EIO, errno.ELOOP, errno.ENAMETOOLONG, errno.ESTALE):
             return EXIT_INPUT, f"{place}: {error.strerror}", ""
     elif type(error).__name__ == "OutOfMemoryError":
@@ -429,6 +488,11 @@ def _say(message: str) -> None:
 def count(number: int, noun: str) -> str:
     """`1 row`, `2 rows`, `1,234 rows`."""
     return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
+def listed(counts: Mapping[str, int]) -> str:
+    """`read 30, kept 0`."""
+    return ", ".join(f"{name} {number:,}" for name, number in counts.items())
 
 
 def size_text(number: float) -> str:

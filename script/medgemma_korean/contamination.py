@@ -75,7 +75,7 @@ def ledger(paths: RunPaths, split: str, items: Sequence[Mapping[str, Any]], buil
         "files": {show(s.file): [s.file.stat().st_size, s.file.stat().st_mtime_ns] for s in found},
     }
     kept = paths.report / "validation" / f"contamination-{split}.json"
-    if kept.is_file() and (known := records.read_json(kept)).get("of") == now:
+    if kept.is_file() and (known := records.read_object(kept, repair="remove it")).get("of") == now:
         return known
     log.info("looking for the %s questions in %s of training text", split, cli.count(len(found), "file"))
     result = {"of": now, "split": split, "checked": len(items), "sources": _search(found, items)}

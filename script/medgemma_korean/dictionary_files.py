@@ -96,7 +96,7 @@ def read_manual_file(folder: Path, manual: ManualFile) -> Iterator[Entry]:
         raise PipelineError(f"{show(path)}: no such file")
     pairs, problems = read_pairs(path.read_bytes(), manual)
     if errors := [problem for problem in problems if problem.error]:
-        raise PipelineError("\n  ".join(in_words(path, errors)))
+        raise PipelineError("\n  ".join(in_words(path, errors)) + "\nMANUAL_DATA.md says how this file looks.")
     for key, value, line in pairs:
         # Both directions are wanted as Korean term -> English equivalent; the reverse prompt asks the other way.
         term, definition = (value, key) if manual.reversed else (key, value)
@@ -296,7 +296,7 @@ def _misplaced(found: str, manual: ManualFile, text: str) -> str:
         return "one term and definition a line: this looks like korean_medical_dict.jsonl or the animal dictionary"
     if found == "list":
         wanted = "one object a line, without brackets and commas" if manual.shape == "lines" else "one JSON object"
-        return f"one JSON list, but this file holds {wanted}"
+        return f"one JSON list, where this file is to hold {wanted}"
     if found == "spread":
         return "an object over several lines: write each object on one line"
     if found == "categories":

@@ -29,7 +29,7 @@ def dev_items(paths: RunPaths, limit: int | None = None) -> list[dict[str, Any]]
     """The dev items in their fixed order. Raises PipelineError when there is none."""
     items = mcq.read_items(paths.mcq / "dev.jsonl", also=("id",))
     if not items:
-        raise PipelineError(f"{paths.mcq / 'dev.jsonl'}: no dev questions; nothing could be scored")
+        raise PipelineError(f"{paths.mcq / 'dev.jsonl'}: no dev questions; nothing could be scored. Refine them again")
     return items[:limit] if limit else items
 
 
@@ -52,7 +52,7 @@ def held_out_texts(paths: RunPaths, profile: ModelProfile) -> dict[str, list[str
     }
     for name, texts in found.items():
         if not texts:
-            raise PipelineError(f"no held-out {name} text; bits per character cannot be measured")
+            raise PipelineError(f"no held-out {name} text; bits per character cannot be measured. Refine more text")
         found[name] = _first_characters(texts, profile.score_characters)
     return found
 
@@ -78,7 +78,7 @@ def require_held_out(paths: RunPaths) -> None:
         if read_record(item.record) is None:
             problems.append(f"{item.role}: {show(item.path)} is absent or incomplete; run: {item.repair}")
         else:
-            problems += check_outputs(item.record)
+            problems += [f"{wrong}; run: {item.repair} --force" for wrong in check_outputs(item.record)]
     if problems:
         raise PipelineError("\n".join(problems))
 
@@ -127,12 +127,14 @@ def candidates(paths: RunPaths, wanted: Sequence[str] | None = None) -> list[Can
         if wanted is None and read_record(folder / RECORD_NAME) is None:
             continue
         try:
-            if name not in named and not folder.exists() and base_model.is_hub_id(name):
+            if name not in named and not folder.exists():
+                if not base_model.is_hub_id(name):
+                    raise PipelineError(f"no such model; give {' '.join(named)}, a folder, or a hub id")
                 folder = base_model.of_hub(paths, name)
             candidate = _candidate(paths, name if name in named else _name_of(paths, folder), folder)
             found[candidate.name] = candidate
         except PipelineError as error:
-            problems.append(f"{name}: {error}")
+            problems.append(f"--models {name}: {error}")
     if problems:
         raise PipelineError("\n".join(problems))
     if not found:
@@ -179,7 +181,7 @@ def checkpoints_of(paths: RunPaths, wanted: Sequence[str] | None = None) -> dict
             raise PipelineError(f"--models {name}: not the folder of a training, which has checkpoints")
         base, label = chain.of_folder(paths, folder).base, name if name in trained else _name_of(paths, folder)
         steps = {int(p.name.split("-")[1]): p for p in folder.glob("checkpoint-*") if (p / _ADAPTER).is_file()}
-        steps.setdefault(records.read_json(folder / "training_info.json")["best_step"], folder / "final")
+        steps.setdefault(records.read_object(folder / "training_info.json", "best_step")["best_step"], folder / "final")
         for step, adapter in sorted(steps.items()):
             found[f"{label}-step{step}"] = (Candidate(f"{label}-step{step}", base, adapter), step)
     return found

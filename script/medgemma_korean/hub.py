@@ -15,6 +15,7 @@ import errno
 import fcntl
 import hashlib
 import itertools
+import json
 import os
 import shutil
 import time
@@ -41,6 +42,10 @@ MIRROR_VARIABLE = "MEDGEMMA_KOREAN_URL_MIRROR"
 _fetched: list[int] = []
 _shown: set[tuple[str, int]] = set()
 _resolved: set[Path] = set()  # pins that this process has asked the hub for
+
+
+class Garbled(Exception):
+    """The answer is none that a hub gives."""
 
 
 class Unreachable(PipelineError):
@@ -203,8 +208,21 @@ def survey(wanted: list[Want], args: argparse.Namespace) -> list[Plan]:
     return plans
 
 
+def read_pin(file: Path) -> dict[str, Any] | None:
+    """The pin of a source; None where there is none. Raises PipelineError for what is no pin."""
+    if not file.is_file():
+        return None
+    repair = "it is no record of a download; move it away, and the source is asked for anew"
+    known = records.read_object(file, "revision", "files", repair=repair)
+    if not isinstance(known["files"], dict) or not all(
+        isinstance(e, dict) and "size" in e for e in known["files"].values()
+    ):
+        raise PipelineError(f"{file}: {repair}")
+    return known
+
+
 def _plan(want: Want, args: argparse.Namespace) -> Plan:
-    known = records.read_json(want.pin) if want.pin.is_file() else None
+    known = read_pin(want.pin)
     _require_inside(want, known)
     if known is None and want.into is None and want.target.is_dir() and any(want.target.iterdir()):
         return Plan(want, None)
@@ -312,14 +330,18 @@ def _resolve_repository(want: Want, revision: str | None) -> dict[str, Any]:
 
     def once(call: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
         _session()
-        return call(source.id, *arguments, repo_type=kind, **options)
+        try:
+            found = call(source.id, *arguments, repo_type=kind, **options)
+            return list(found) if isinstance(found, Iterator) else found
+        except (AttributeError, KeyError, TypeError) as error:  # the library takes what the answer should hold
+            raise Garbled(str(error)) from error
 
     def ask(call: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
         return patiently(lambda: once(call, *arguments, **options), source.id)
 
     def listed(folder: str, recursive: bool = False) -> list[Any]:
         """The library itself asks again for a page that does not come."""
-        return list(once(api.list_repo_tree, folder or None, recursive=recursive, revision=info.sha))
+        return once(api.list_repo_tree, folder or None, recursive=recursive, revision=info.sha)
 
     info = ask(api.repo_info, revision=revision)
     gated = bool(info.gated)
@@ -642,6 +664,11 @@ def in_words(want: Want) -> Iterator[None]:
         if (response := getattr(error, "response", None)) is not None:
             kind = Unreachable if response.status_code == 401 and source.place == "hub" else PipelineError
             raise kind(f"{name}: {_answer(response.status_code, want)}") from None
+        if isinstance(error, (json.JSONDecodeError, Garbled)):
+            raise PipelineError(
+                f"{name}: {_server(source)} gives an answer that is none of a hub; is a proxy or a login page between? "
+                f"Check the connection and HF_ENDPOINT, {again}"
+            ) from None
         if isinstance(error, (ConnectionError, TimeoutError)) or _is_transport(error):
             raise Unreachable(
                 f"{name}: {_server(source)} cannot be reached ({reason(error)}); what has come is kept. "

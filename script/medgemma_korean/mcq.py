@@ -48,9 +48,9 @@ def read_raw_items(
         where = f"{shown}, row {number}"
         try:
             items.append(read_raw_item(row, where, normalise, equal_options=unusable is None))
-        except ItemProblem as problem:
-            if unusable is None:
-                raise
+        except PipelineError as problem:
+            if unusable is None or not isinstance(problem, ItemProblem):
+                raise type(problem)(f"{problem}; correct that row") from None
             unusable.append(str(problem))
     return items
 

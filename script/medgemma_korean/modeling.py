@@ -46,7 +46,9 @@ def pick_device(wanted: str | None) -> str:
     except RuntimeError:
         raise PipelineError(f"--device {wanted}: not a device; use cuda:0 or cpu") from None
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise PipelineError(f"--device {wanted}: this machine has {torch.cuda.device_count()} CUDA devices")
+        raise PipelineError(
+            f"--device {wanted}: this machine has {torch.cuda.device_count()} CUDA devices; use cpu, or leave it out"
+        )
     if device.type == "cuda" and device.index:
         raise PipelineError(f"--device {wanted}: choose the card with CUDA_VISIBLE_DEVICES={device.index} instead")
     if device.type not in ("cpu", "cuda"):
@@ -73,8 +75,9 @@ def text_config(folder: Path) -> Any:
         raise PipelineError(f"{folder}: no model there (config.json is missing)")
     try:
         config = AutoConfig.from_pretrained(folder)
-    except (ValueError, OSError) as error:
-        raise PipelineError(f"{folder}: cannot read config.json ({str(error).splitlines()[0]})") from None
+    except Exception as error:  # of every kind: the file may hold anything
+        reason = " ".join(str(error).split())[:300]
+        raise PipelineError(f"{folder}: config.json cannot be read ({reason}); bring the model's own") from None
     config = getattr(config, "text_config", config)
     if not isinstance(config, Gemma3TextConfig):
         raise PipelineError(f"{folder}: a model of the kind {config.model_type}, not Gemma 3")
@@ -253,8 +256,10 @@ def fresh_adapter(base: Any, profile: ModelProfile, *, second: bool, new_ids: li
 def adapter_config(folder: Path) -> dict[str, Any]:
     """What PEFT wrote of an adapter. Raises PipelineError where there is none."""
     if not (folder / "adapter_config.json").is_file() or not (folder / "adapter_model.safetensors").is_file():
-        raise PipelineError(f"{folder}: no adapter there (adapter_config.json and adapter_model.safetensors)")
-    return records.read_json(folder / "adapter_config.json")
+        raise PipelineError(
+            f"{folder}: no adapter there (adapter_config.json and adapter_model.safetensors); train again"
+        )
+    return records.read_object(folder / "adapter_config.json", "peft_type", repair="bring the adapter anew")
 
 
 def load_adapter(base: Any, folder: Path, *, trainable: bool) -> Any:
@@ -271,13 +276,18 @@ def load_adapter(base: Any, folder: Path, *, trainable: bool) -> Any:
     try:
         # Without is_trainable nothing would train, and no library says so.
         model = PeftModel.from_pretrained(base, folder, is_trainable=trainable)
-    except (RuntimeError, ValueError) as error:
-        raise PipelineError(f"{folder}: does not fit its base ({str(error).splitlines()[0]})") from None
+    except (RuntimeError, ValueError, KeyError, TypeError, OSError) as error:
+        reason = ("no " if isinstance(error, KeyError) else "") + " ".join(str(error).split())[:200]
+        raise PipelineError(
+            f"{folder}: does not fit its base ({reason}); bring the right one, or train again"
+        ) from None
     # PEFT only warns of tensors that are missing, and says nothing of those that found no place.
     with safe_open(folder / "adapter_model.safetensors", "pt") as file:
         unmatched = sorted(set(file.keys()) ^ get_peft_model_state_dict(model, save_embedding_layers=False).keys())
     if unmatched:
-        raise PipelineError(f"{folder}: does not fit its base ({len(unmatched)} tensors, first {unmatched[0]})")
+        raise PipelineError(
+            f"{folder}: does not fit its base ({len(unmatched)} tensors, first {unmatched[0]}); train again"
+        )
     token_rows.apart(model)
     return _checked(model) if trainable else model
 
@@ -346,4 +356,4 @@ def write_base_info(folder: Path, **values: Any) -> None:
 
 
 def base_info(folder: Path) -> dict[str, Any]:
-    return records.read_json(folder / "base_info.json")
+    return records.read_object(folder / "base_info.json")

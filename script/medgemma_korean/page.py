@@ -150,7 +150,7 @@ class _Sources:
     def of(self, file: Path) -> Source | None:
         if not file.is_file():
             return None
-        return Source(os.path.relpath(file, self.home), records.read_json(file))
+        return Source(os.path.relpath(file, self.home), records.read_object(file, repair="move it away"))
 
     def record(self, folder: Path) -> Source | None:
         """The record of a model folder. Raises PipelineError for what is none."""

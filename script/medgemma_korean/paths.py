@@ -218,6 +218,7 @@ class RunPaths:
 
 def show(path: Path) -> str:
     """A path as a person would type it: relative to the current folder or the project where that is shorter."""
+    path = Path(os.path.normpath(path))
     for base in (Path.cwd(), project_root()):
         try:
             return str(path.relative_to(base))

@@ -40,11 +40,29 @@ def stage_of(program: str) -> str:
     return _STAGE_OF.get(program.split("_")[0], program)
 
 
+NUMBER = (int, float)
+ENTRY = {"state": str, "program": str, "changed": NUMBER, "pid": int}  # of a stage, always
+MORE = {"percent": NUMBER, "eta": NUMBER, "metric": str}  # or null, or not there
+
+
+def _is_state(state: Any) -> bool:
+    """Whether this is what `update` writes; a full disk or a hand may have left something else."""
+    if not isinstance(state, dict) or not isinstance(state.get("name"), str):
+        return False
+    stages = state.get("stages")
+    return isinstance(stages, dict) and all(
+        isinstance(entry, dict)
+        and all(isinstance(entry.get(key), kind) for key, kind in ENTRY.items())
+        and all(entry.get(key) is None or isinstance(entry[key], kind) for key, kind in MORE.items())
+        for entry in stages.values()
+    )
+
+
 def read_state(paths: RunPaths) -> dict[str, Any]:
     """The progress state; an empty one where nothing has run or the file is damaged."""
     with contextlib.suppress(records.PipelineError):
         state = records.read_json(paths.progress_state)
-        if isinstance(state, dict) and isinstance(state.get("stages"), dict):
+        if _is_state(state):
             return state
     return {"name": paths.name, "stages": {}}
 

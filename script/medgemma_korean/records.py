@@ -49,16 +49,16 @@ def read_jsonl(path: Path, needs: Sequence[str] = ()) -> Iterator[dict[str, Any]
                 _require(row, needs, f"{path}, line {number}")
                 yield row
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise PipelineError(f"{path}, line {number + 1}: damaged or cut gzip file ({error})") from None
+        raise PipelineError(f"{path}, line {number + 1}: damaged or cut gzip file ({error}); bring it anew") from None
 
 
 def _parse_line(line: bytes, path: Path, number: int) -> dict[str, Any]:
     try:
         return parse_row(line)
     except UnicodeDecodeError as error:
-        raise PipelineError(f"{path}, line {number}: not UTF-8 (byte {error.start})") from None
+        raise PipelineError(f"{path}, line {number}: not UTF-8 (byte {error.start}); save it as UTF-8") from None
     except ValueError as error:
-        raise PipelineError(f"{path}, line {number}: {error}") from None
+        raise PipelineError(f"{path}, line {number}: {error}; correct that line") from None
 
 
 def _require(row: dict[str, Any], needs: Sequence[str], where: str) -> None:
@@ -92,11 +92,21 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_bytes().decode("utf-8-sig"))
     except UnicodeDecodeError as error:
-        raise PipelineError(f"{path}: not UTF-8 (byte {error.start})") from None
+        raise PipelineError(f"{path}: not UTF-8 (byte {error.start}); save it as UTF-8") from None
     except json.JSONDecodeError as error:
-        raise PipelineError(f"{path}, line {error.lineno}: not valid JSON ({error.msg})") from None
+        raise PipelineError(f"{path}, line {error.lineno}: not valid JSON ({error.msg}); bring it anew") from None
     except RecursionError:
-        raise PipelineError(f"{path}: JSON nested too deeply") from None
+        raise PipelineError(f"{path}: JSON nested too deeply; bring it anew") from None
+
+
+def read_object(path: Path, *needs: str, repair: str = "bring it anew") -> dict[str, Any]:
+    """A JSON file that holds an object with these keys. Raises PipelineError, with what to do, for another one."""
+    value = read_json(path)
+    if not isinstance(value, dict):
+        raise PipelineError(f"{path}: expected a JSON object, found {type(value).__name__}; {repair}")
+    if lacks := [key for key in needs if key not in value]:
+        raise PipelineError(f"{path}: lacks {', '.join(lacks)}; {repair}")
+    return value
 
 
 def read_list(path: Path, needs: Sequence[str] = ()) -> list[dict[str, Any]]:
@@ -106,7 +116,7 @@ def read_list(path: Path, needs: Sequence[str] = ()) -> list[dict[str, Any]]:
     """
     rows = read_json(path)
     if not isinstance(rows, list) or any(not isinstance(row, dict) for row in rows):
-        raise PipelineError(f"{path}: expected a JSON list of objects")
+        raise PipelineError(f"{path}: expected a JSON list of objects; bring another file")
     for number, row in enumerate(rows, 1):
         _require(row, needs, f"{path}, row {number}")
     return rows
@@ -123,7 +133,7 @@ def read_parquet(path: Path, columns: list[str] | None = None) -> Iterator[dict[
         for batch in file.iter_batches(batch_size=1000, columns=wanted):
             yield from batch.to_pylist()
     except (pyarrow.ArrowInvalid, pyarrow.ArrowException, OSError) as error:
-        raise PipelineError(f"{path}: damaged Parquet file ({str(error).splitlines()[0]})") from None
+        raise PipelineError(f"{path}: damaged Parquet file ({str(error).splitlines()[0]}); bring it anew") from None
 
 
 def read_arrow(path: Path) -> Iterator[dict[str, Any]]:
@@ -144,7 +154,7 @@ def read_arrow(path: Path) -> Iterator[dict[str, Any]]:
             for batch in batches:
                 yield from batch.to_pylist()
     except (pyarrow.ArrowException, OSError, ValueError) as error:
-        raise PipelineError(f"{path}: damaged Arrow file ({str(error).splitlines()[0]})") from None
+        raise PipelineError(f"{path}: damaged Arrow file ({str(error).splitlines()[0]}); bring it anew") from None
 
 
 def parquet_rows(path: Path) -> int:
@@ -155,7 +165,7 @@ def parquet_rows(path: Path) -> int:
     try:
         return pyarrow.parquet.read_metadata(path).num_rows
     except (pyarrow.ArrowException, OSError) as error:
-        raise PipelineError(f"{path}: damaged Parquet file ({str(error).splitlines()[0]})") from None
+        raise PipelineError(f"{path}: damaged Parquet file ({str(error).splitlines()[0]}); bring it anew") from None
 
 
 def files_below(folder: Path) -> list[Path]:

@@ -58,7 +58,8 @@ def evaluations(paths: RunPaths) -> dict[str, dict[str, Any]]:
 def _evaluation(file: Path) -> dict[str, Any]:
     found = records.read_json(file)
     parts = ("mcq", "bits_per_character", "tokens_per_character")
-    if not isinstance(found, dict) or not all(isinstance(found.get(part), dict) for part in parts):
+    whole = isinstance(found, dict) and all(isinstance(found.get(part), dict) for part in parts)
+    if not whole or not all(isinstance(v, (int, float)) for part in parts[1:] for v in found[part].values()):
         raise PipelineError(f"{show(file)}: not an evaluation; move it away, and that model counts as not scored")
     return found
 
@@ -189,7 +190,7 @@ def extension(paths: RunPaths) -> dict[str, Any] | None:
     """The verdict on the extended tokenizer: the whole one of add_lora, else that of prepare_tokenizer; or None."""
     for file in (paths.raw_lora_added / "verdict.json", paths.tokenizer / "tokenizer_info.json"):
         if file.is_file():
-            return records.read_json(file)
+            return records.read_object(file, repair="move it away")
     return None
 
 
@@ -215,9 +216,11 @@ def beside(runs: Sequence[RunPaths]) -> list[list[str]]:
     for paths in runs:
         record = read_record(paths.trained_00 / RECORD_NAME)
         if record is None:
-            raise PipelineError(f"{show(paths.trained_00)}: stage 00 of {paths.name} is not complete")
+            raise PipelineError(
+                f"{show(paths.trained_00)}: stage 00 of {paths.name} is not complete; train it, or name another run"
+            )
         characters[paths.name] = record["counts"]["korean_characters"]
-        new = records.read_json(paths.tokenizer / "tokenizer_info.json")["new_tokens"]
+        new = records.read_object(paths.tokenizer / "tokenizer_info.json", "new_tokens")["new_tokens"]
         found = evaluations(paths)
         for name, numbers in (
             ("extended", ["", "", ""]),
@@ -281,7 +284,7 @@ def curve(folder: Path, key: str) -> list[tuple[int, float]]:
     file = training_log(folder)
     if file is None:
         return []
-    history = records.read_json(file).get("log_history", [])
+    history = records.read_object(file, repair="move it away").get("log_history", [])
     return [(entry["step"], entry[key]) for entry in history if "loss" in entry and key in entry]
 
 

@@ -8,7 +8,6 @@ Numbers are predictions from shapes. Bytes; GB elsewhere are 10^9 of them.
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,7 +58,7 @@ def read_shape(profile: ModelProfile, paths: RunPaths) -> Shape:
     file = paths.raw_model / "config.json"
     if file.is_file():
         try:
-            config = records.read_json(file)
+            config = records.read_object(file, repair="bring the model's own")
             config = config.get("text_config", config)
             rows = config.get("vocab_size", 262_208)
             return Shape(
@@ -67,8 +66,8 @@ def read_shape(profile: ModelProfile, paths: RunPaths) -> Shape:
                 config.get("num_attention_heads", 8), config.get("num_key_value_heads", 4),
                 config.get("head_dim", 256), rows=rows, ids=rows,
             )  # fmt: skip
-        except (KeyError, json.JSONDecodeError) as error:
-            raise PipelineError(f"{file}: not the configuration of a Gemma 3 model ({error})") from None
+        except (KeyError, TypeError, AttributeError) as error:
+            raise PipelineError(f"{file}: not the configuration of a Gemma 3 model ({error}); bring its own") from None
     if profile.tiny:
         tiny = profile.tiny
         return Shape(
@@ -103,7 +102,7 @@ def extended_rows(profile: ModelProfile, paths: RunPaths, shape: Shape) -> tuple
     """(new tokens, embedding rows): of the tokenizer that is there, else the most that the profile allows."""
     info = paths.tokenizer / "tokenizer_info.json"
     if info.is_file():
-        known = records.read_json(info)
+        known = records.read_object(info, "new_tokens", "rows")
         return known["new_tokens"], max(known["rows"], shape.rows)
     return profile.new_tokens, tokenizers.rows_for(shape.ids + profile.new_tokens, at_least=shape.rows)
 

@@ -36,6 +36,11 @@ from medgemma_korean.cli import EXIT_DONE, EXIT_GATE, Every, GateError, Interrup
 from medgemma_korean.paths import REPOSITORY, RunPaths, show
 
 RECORD_NAME = "stage.json"
+# What a record holds under these keys, and what it says of a file.
+KINDS = {"program": str, "fingerprint": str, "identity": dict, "home": str}
+KINDS |= {"inputs": dict, "raw_files": dict, "outputs": dict}
+FILE = {"size", "mtime_ns", "sha256"}
+IDENTITY = {"format", "settings", "inputs"}
 LIBRARIES = (
     "torch",
     "transformers",
@@ -108,18 +113,21 @@ def read_record(path: Path) -> dict[str, Any] | None:
     try:
         record = records.read_json(path)
     except PipelineError as error:
-        raise _no_record(path, str(error).removeprefix(f"{path}")) from None
-    if not isinstance(record, dict):
-        raise _no_record(path)
+        why = str(error).removeprefix(str(path)).removeprefix(show(path)).removesuffix("; bring it anew")
+        raise no_record(path, why.strip(":, ")) from None
+    if not isinstance(record, dict) or not all(isinstance(record.get(k, kind()), kind) for k, kind in KINDS.items()):
+        raise no_record(path)
+    if any(not isinstance(entry, dict) or not FILE <= entry.keys() for entry in record.get("outputs", {}).values()):
+        raise no_record(path)
     if not records.seal_holds(record):
-        raise _no_record(path, ": other content than when it was written")
+        raise no_record(path, "other content than when it was written")
     return record
 
 
-def _no_record(path: Path, why: str = "") -> PipelineError:
+def no_record(path: Path, why: str = "") -> PipelineError:
     return PipelineError(
-        f"{show(path)}: not a stage record, or a damaged one{why}\n"
-        "To make the stage again: the same command with --force (its old result is kept as .previous)"
+        f"{show(path)}: not a stage record, or a damaged one{f' ({why})' if why else ''}; make that stage again with "
+        "--force (its old result is kept as .previous), or move it away, and the stage counts as incomplete"
     )
 
 
@@ -127,7 +135,7 @@ def check_outputs(record_path: Path, thorough: bool = False) -> list[str]:
     """What of a complete stage's outputs is missing or altered."""
     record = read_record(record_path)
     if not record or not {"outputs", "home"} <= record.keys():
-        raise _no_record(record_path)
+        raise no_record(record_path)
     return changed_files(record["outputs"], record_path.parent / record["home"], thorough)
 
 
@@ -215,7 +223,7 @@ class Stage:
                 problems.append(f"{item.role}: {show(item.path)} {state}{hint}")
                 return None
             if "fingerprint" not in record:
-                raise _no_record(item.record)
+                raise no_record(item.record)
             return record["fingerprint"]
         if not item.path.exists():
             if not item.optional:
@@ -299,8 +307,8 @@ class Stage:
         """This stage's record; None where there is none, or a damaged one that --force makes anew."""
         try:
             record = read_record(self.record_path)
-            if record is not None and not {"identity", "outputs", "home"} <= record.keys():
-                raise _no_record(self.record_path)
+            if record is not None:
+                self._require_identity(record)
         except PipelineError as error:
             if not self.force:
                 raise
@@ -308,10 +316,13 @@ class Stage:
             return None
         return record
 
+    def _require_identity(self, record: dict[str, Any]) -> None:
+        if not {"identity", "outputs", "home"} <= record.keys() or not IDENTITY <= record["identity"].keys():
+            raise no_record(self.record_path)
+
     def differences(self, record: dict[str, Any]) -> list[str]:
         """What keeps a record from being that of this stage as it is asked for, one line each."""
-        if not {"identity", "outputs", "home"} <= record.keys():
-            raise _no_record(self.record_path)
+        self._require_identity(record)
         # A disk may alter a file and not its time. Who asks for --force has been told of one, or suspects it.
         return self._differences(record) or check_outputs(self.record_path, thorough=self.force)
 
@@ -319,6 +330,8 @@ class Stage:
         old, new = record["identity"], self.identity()
         if records.digest_of(old) == records.digest_of(new):
             return []
+        if old.get("program", self.program) != self.program:
+            return [f"it is of {old['program']}, not of {self.program}"]
         found = []
         if old["format"] != new["format"]:
             found.append(f"format of {self.program}: {old['format']} -> {new['format']}")
@@ -337,7 +350,7 @@ class Stage:
             if record is None:
                 continue
             if not {"program", "outputs", "home"} <= record.keys():
-                raise _no_record(item.record)
+                raise no_record(item.record)
             home = item.record.parent / record["home"]
             folder = item.path.resolve()
             inside = {
@@ -392,7 +405,7 @@ class Stage:
 
     @contextlib.contextmanager
     def work(self, resumable: bool = False) -> Iterator[Path]:
-        """The temporary neighbour to write into. It is kept on error; a resumable stage continues in it.
+        """The temporary neighbour to write into. What a resumable stage has in it is kept on error, to be continued.
 
         Raises PipelineError while another process is at work in it. Of processes that train together the first one
         checks, locks and makes it; the others wait for that.
@@ -447,7 +460,15 @@ class Stage:
             raise
         except BaseException as error:
             self._report(state="failed", cause=str(error).splitlines()[0][:200] if str(error) else type(error).__name__)
+            if isinstance(error, (PipelineError, OSError)):
+                self._clear(resumable)
             raise
+
+    def _clear(self, resumable: bool) -> None:
+        """Leave nothing of a run that a wrong input ended, unless there is something to continue."""
+        with contextlib.suppress(OSError):
+            if not resumable or os.listdir(self._work) == [".identity.json"]:
+                shutil.rmtree(self._work)
 
     @property
     def resumed(self) -> bool:

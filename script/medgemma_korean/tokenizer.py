@@ -19,6 +19,7 @@ from typing import Any
 from medgemma_korean import records
 from medgemma_korean.bpe import BYTE_PIECE, HANGUL_PIECE, Extension
 from medgemma_korean.cli import PipelineError
+from medgemma_korean.paths import show
 
 IMAGE_TOKEN = "<image_soft_token>"
 START_OF_TURN, END_OF_TURN = "<start_of_turn>", "<end_of_turn>"
@@ -147,12 +148,17 @@ def convert(proto: Any, folder: Path) -> None:
 
 
 def load(folder: Path) -> Any:
-    """The tokenizer of a folder. Raises PipelineError where there is none."""
+    """The tokenizer of a folder. Raises PipelineError where there is none, or something else."""
     from transformers import AutoTokenizer
 
     if not (folder / "tokenizer.json").is_file():
         raise PipelineError(f"{folder}: no tokenizer.json there")
-    return AutoTokenizer.from_pretrained(folder)
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except Exception as error:  # the library raises bare ones for what is no tokenizer
+        reason = (str(error).splitlines() or [""])[0] or type(error).__name__
+        reason = f"no {reason}" if isinstance(error, KeyError) else reason
+        raise PipelineError(f"{show(folder)}: its tokenizer cannot be read ({reason}); bring its files anew") from None
 
 
 def read_spec(folder: Path) -> dict[str, Any]:
@@ -160,7 +166,7 @@ def read_spec(folder: Path) -> dict[str, Any]:
     spec = records.read_json(folder / "tokenizer.json")
     model = spec.get("model") if isinstance(spec, dict) else None
     if not isinstance(model, dict) or model.get("type", "BPE") != "BPE" or not model.get("merges"):
-        raise PipelineError(f"{folder / 'tokenizer.json'}: holds no BPE merges, so that there is nothing to continue")
+        raise PipelineError(f"{folder / 'tokenizer.json'}: holds no BPE merges to continue; bring that of a Gemma 3")
     return spec
 
 
@@ -361,7 +367,7 @@ def _decode(tokenizer: Any, ids: list[int]) -> str:
 def read_words(file: Path) -> list[str]:
     """A list of pieces or words, one a line. Raises PipelineError that names every line that is not plain Hangul."""
     if not file.is_file():
-        raise PipelineError(f"{file}: no such file")
+        raise PipelineError(f"--words {file}: no such file; give one with a word a line")
     words: dict[str, int] = {}
     wrong = []
     for number, line in enumerate(file.read_bytes().decode("utf-8", "replace").splitlines(), 1):

@@ -91,7 +91,7 @@ def make_parser(doc: str) -> argparse.ArgumentParser:
     parser.add_argument("--replay", type=share, metavar="X", help="share of replayed text, against forgetting")
     parser.add_argument("--report-to", choices=tuple(TRACKERS), help="tracker beside TensorBoard")
     parser.add_argument("--shard", action="store_true", help="divide the base between processes (bf16 and fp32 only)")
-    parser.add_argument("--seed", type=int, default=SEED, help=f"seed of order and shuffles (default: {SEED})")
+    parser.add_argument("--seed", type=cli.seed, default=SEED, help=f"seed of order and shuffles (default: {SEED})")
     parser.add_argument("--allow-regression", action="store_true", help="go on where a gate fails")
     return parser
 
@@ -291,15 +291,19 @@ def _fitting(
     return dataclasses.replace(settings, micro_batch=processes.agreed(rows))
 
 
+def _scores(file: Path) -> dict[str, Any]:
+    return records.read_object(file, "precision", "mcq", repair="make that model again with --force")
+
+
 def _scored(file: Path, chosen: str, paths: RunPaths, link: chain.Link) -> dict[str, Any]:
     """Scores in the precision that is trained in. Raises PipelineError: scores of two precisions compare nothing."""
     for found in (file, file.with_name(f"{file.stem}-{chosen}{file.suffix}")):
-        if found.is_file() and (scores := records.read_json(found))["precision"] == chosen:
+        if found.is_file() and (scores := _scores(found))["precision"] == chosen:
             return scores
     if not file.is_file():
         again = "make that folder anew" if link.plain else f"run: {paths.command('model/add_lora', '--force')}"
         raise PipelineError(f"{show(file)} is missing; {again}")
-    was = records.read_json(file)["precision"]
+    was = _scores(file)["precision"]
     again = paths.command("model/add_lora", "--precision", chosen, "--force")
     raise PipelineError(
         f"{file.stem} was scored in {was}, and scores of {chosen} cannot be compared with it; "

@@ -66,12 +66,15 @@ def score(
     return result, more
 
 
+AGAIN = "make that model again with --force"
+
+
 def require_own_tokenizer(paths: RunPaths, base_tokenizer: Any, tokenizer: Any) -> None:
     """Raise PipelineError when the extended tokenizer was not made from the raw model's."""
     from medgemma_korean import tokenizer as tokenizers
 
     again = paths.command("model/prepare_tokenizer", "--force")
-    made_for = records.read_json(paths.tokenizer / "tokenizer_info.json")["hashes"]["base"]
+    made_for = records.read_object(paths.tokenizer / "tokenizer_info.json", "hashes", repair=f"run: {again}")["hashes"].get("base")
     old, new = base_tokenizer.get_vocab(), tokenizer.get_vocab()
     moved = sum(new.get(piece) != i for piece, i in old.items())
     if made_for != tokenizers.fingerprint(paths.raw_model) or moved:
@@ -239,7 +242,7 @@ def second(args: argparse.Namespace, profile: ModelProfile, paths: RunPaths, sta
         precision.store(choice, base)
         stage.tick(4, 5, "scoring the merged base")
         after, _ = score(base, "merged", choice, args, profile, paths)
-        before = records.read_json(paths.scores("base"))
+        before = records.read_object(paths.scores("base"), "precision", repair=AGAIN)
         if before["precision"] != choice.precision:
             log.info("the base was scored in %s, and is scored again in %s", before["precision"], choice.precision)
             file = paths.scores(f"base-{choice.precision}")
@@ -281,12 +284,12 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--shift",
-        type=float,
+        type=cli.number,
         default=0.0,
         metavar="S",
         help="lower the logits of new rows by about S, against their use in English text (default: 0)",
     )
-    parser.add_argument("--seed", type=int, default=SEED, help=f"seed of the adapter's weights (default: {SEED})")
+    parser.add_argument("--seed", type=cli.seed, default=SEED, help=f"seed of the adapter's weights (default: {SEED})")
     parser.add_argument("--allow-regression", action="store_true", help="go on where a gate failed")
     return parser
 
@@ -305,7 +308,7 @@ def main(argv: list[str] | None = None) -> int:
     }
     link = None
     if args.second and args.shift:
-        raise PipelineError("--shift is for new rows, of which --second makes none")
+        raise PipelineError("--shift is for new rows, of which --second makes none; leave it out")
     if args.second:
         link = chain.nearest(paths, "add_lora_second")
         inputs = link.inputs(paths)

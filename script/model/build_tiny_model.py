@@ -129,7 +129,7 @@ def pretrain(model, tokenizer, texts: list[str], shape: TinyShape, seed: int, ti
 
 def make_parser() -> argparse.ArgumentParser:
     parser = cli.make_parser(__doc__)
-    parser.add_argument("--seed", type=int, help="seed of weights and order (default: the profile's)")
+    parser.add_argument("--seed", type=cli.seed, help="seed of weights and order (default: the profile's)")
     return parser
 
 

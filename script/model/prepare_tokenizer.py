@@ -435,22 +435,9 @@ def _first(texts: list[str], characters: int) -> list[str]:
 # command line -------------------------------------------------------------------------------------------
 
 
-def token_number(text: str) -> int | str:
-    """argparse type: "auto", or how many tokens at most."""
-    if text == "auto":
-        return text
-    try:
-        value = int(text)
-    except ValueError:
-        value = -1
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is neither a number of tokens nor auto")
-    return value
-
-
 def add_size_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--new-tokens", type=token_number, metavar="N", help="most new tokens; 0: none; auto: none if the verdict is no"
+        "--new-tokens", type=cli.token_number, metavar="N", help="most new tokens; 0: none; auto: none if the verdict is no"
     )
     parser.add_argument(
         "--min-count",
@@ -472,7 +459,7 @@ def main(argv: list[str] | None = None) -> int:
     args = make_parser().parse_args(argv)
     profile, paths = cli.resolve(args)
     if args.words and not args.compare:
-        raise PipelineError("--words goes with --compare; what is learned comes from the training text")
+        raise PipelineError("--words goes with --compare; what is learned comes from the training text; add --compare")
     cli.start_logging(paths, "prepare_tokenizer")
     stage_00, auto = profile.plain_text, args.new_tokens == "auto"
     settings = {

@@ -70,6 +70,9 @@ def main(argv: list[str] | None = None) -> int:
     args = make_parser().parse_args(argv)
     if not args.command:
         raise cli.PipelineError("no program to start; for instance: launch.py 2 script/train/train_00_plain_text.py")
+    program = args.command[0]
+    if not program.startswith("-") and not os.path.isfile(program):
+        raise cli.PipelineError(f"{program}: no such program; they are in script/train/ and script/evaluate/")
     processes = begin(args.number, args.command)
 
     def pass_on(number: int, frame: object) -> None:

@@ -30,7 +30,7 @@ from typing import Any
 
 from medgemma_korean import cli, profiles, progress, records, shapes
 from medgemma_korean.cli import PipelineError
-from medgemma_korean.paths import DRIVER_STAGES, RunPaths, show
+from medgemma_korean.paths import DRIVER_STAGES, RunPaths, project_root, show
 from medgemma_korean.profiles import ModelProfile
 from medgemma_korean.sources import BY_KEY
 from medgemma_korean.stage import ask, check_outputs, files_under, read_record, record_beside
@@ -68,7 +68,7 @@ def chosen_stages(args: argparse.Namespace) -> list[str]:
     first = DRIVER_STAGES.index(pick_stage(args.from_stage, "--from"))
     last = DRIVER_STAGES.index(pick_stage(args.to_stage, "--to"))
     if first > last:
-        raise PipelineError(f"--from {DRIVER_STAGES[first]} comes after --to {DRIVER_STAGES[last]}")
+        raise PipelineError(f"--from {DRIVER_STAGES[first]} comes after --to {DRIVER_STAGES[last]}; exchange the two")
     return list(DRIVER_STAGES[first : last + 1])
 
 
@@ -89,6 +89,8 @@ def demonstration(profile: ModelProfile) -> str:
 
 def answers(args: argparse.Namespace, profile: ModelProfile, paths: RunPaths) -> dict[str, str]:
     """What the driver needs to know, so that the shell spells no folder name."""
+    if "\n" in str(paths.logs):
+        raise PipelineError(f"{str(project_root())!r}: a line break in the path; set MEDGEMMA_KOREAN_ROOT to another")
     return {
         "name": paths.name,
         "log": str(paths.log),
@@ -531,15 +533,9 @@ def text_gigabytes(paths: RunPaths) -> float:
     return REFINING * sum(file.stat().st_size for folder in folders for file in files_under(folder)) / 1e9
 
 
-def tokens(text: str) -> str:
-    """argparse type: "auto", or how many tokens at most."""
-    if text != "auto" and not (text.isascii() and text.isdigit()):
-        raise argparse.ArgumentTypeError(f"{text!r} is neither a number of tokens nor auto")
-    return text
-
-
 def make_parser() -> argparse.ArgumentParser:
     parser = cli.make_parser(__doc__, device=True)
+    parser.help_of = "./run_full_pipeline.sh"  # which hands its own options over
     parser.add_argument("--from", dest="from_stage", metavar="S", default=DRIVER_STAGES[0], help="first stage")
     parser.add_argument("--to", dest="to_stage", metavar="S", default=DRIVER_STAGES[-1], help="last stage")
     for number in ("00", "01", "02"):
@@ -547,7 +543,13 @@ def make_parser() -> argparse.ArgumentParser:
         parser.add_argument(f"--epochs-{number}", type=cli.positive_int, metavar="N", help=f"epochs of train_{number}")
     parser.add_argument("--max-samples", type=cli.positive_int, metavar="N", help="training rows of each stage")
     parser.add_argument("--allow-regression", action="store_true", help="go on where a gate fails")
-    parser.add_argument("--new-tokens", type=tokens, metavar="N", help="most new tokens, or auto")
+    # Of stages that come hours later: what is wrong is said at once.
+    parser.add_argument(
+        "--new-tokens",
+        type=lambda text: str(cli.token_number(text)),
+        metavar="N",
+        help="most new tokens, or auto",
+    )
     parser.add_argument("--min-count", type=cli.positive_int, metavar="N", help="times the text must hold a new token")
     parser.add_argument("--precision", choices=("auto", "8bit", "nf4", "bf16", "fp32"), help="of the frozen base")
     parser.add_argument("--no-veterinary", action="store_true", help="leave the animal dictionary out")

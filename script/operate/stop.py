@@ -94,7 +94,7 @@ def main(argv: list[str] | None = None) -> int:
         held = progress.holder_of(paths)
         if held and progress.is_elsewhere(held):
             raise PipelineError(f"the run {paths.name} was started on {held['host']}; stop it there")
-        raise PipelineError(f"nothing of the run {paths.name} is running")
+        raise PipelineError(f"nothing of the run {paths.name} is running; --status says how it went")
     shown = ", ".join(map(str, pids))
     if args.when == "now":
         stages = leaders(paths)

@@ -24,7 +24,7 @@ from medgemma_korean import cli, progress, records, shapes
 from medgemma_korean.cli import PipelineError
 from medgemma_korean.paths import RunPaths, show
 from medgemma_korean.profiles import ModelProfile
-from medgemma_korean.stage import check_outputs, read_record
+from medgemma_korean.stage import check_outputs, no_record, read_record
 
 ITEMS = 4  # dev questions that a model answers again, drawn by seed
 SEED = 17
@@ -57,8 +57,8 @@ def problems_of(record_path: Path, paths: RunPaths) -> list[str]:
             found.append(f"{show(record_path)}: the fingerprint is not that of its identity")
     except PipelineError as error:
         return [str(error)]
-    except (KeyError, TypeError, AttributeError) as error:
-        return [f"{show(record_path)}: not a stage record ({type(error).__name__}: {error})"]
+    except (KeyError, TypeError, AttributeError):
+        return [str(no_record(record_path))]
     return found
 
 
@@ -181,7 +181,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{program:30}{'sound' if not problems else cli.count(len(problems), 'problem')}", flush=True)
         found += [f"{program}: {problem}" for problem in problems]
     if not checked:
-        raise PipelineError(f"the run {paths.name} has no complete stage to verify")
+        raise PipelineError(f"the run {paths.name} has no complete stage to verify; ./run_full_pipeline.sh makes them")
     if args.quick:
         print("models: not loaded (--quick)")
     elif found:
@@ -192,7 +192,7 @@ def main(argv: list[str] | None = None) -> int:
         raise PipelineError(
             f"{cli.count(len(found), 'problem')}:\n  "
             + "\n  ".join(found)
-            + "\nTo make again what is damaged: the same command with --force (old results are kept as .previous)"
+            + "\nBring back what was there, or make it again: the same command with --force (it stays as .previous)"
         )
     print(f"{cli.count(checked, 'complete stage')}, all sound")
     return 0

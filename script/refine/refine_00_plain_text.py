@@ -46,10 +46,14 @@ def sources_of(folder: Path) -> list[Path]:
     from medgemma_korean.text.documents import kind_of
 
     if not folder.is_dir():
-        raise PipelineError(f"{show(folder)}: a file where the folder of the sources is expected")
+        raise PipelineError(f"{show(folder)}: a file where the folder of the sources is expected; move it away")
     shown = [p for p in folder.iterdir() if not p.name.startswith(".")]
     if gone := sorted(p for p in shown if not p.exists()):
-        raise PipelineError("\n".join(f"{show(p)}: a link to something that does not exist" for p in gone))
+        raise PipelineError(
+            "\n".join(
+                f"{show(p)}: a link to something that does not exist; remove it, or bring that back" for p in gone
+            )
+        )
     inside, files = [p for p in shown if p.is_dir()], sorted(p for p in shown if p.is_file() and kind_of(p))
     if not inside:
         return [folder]
@@ -296,7 +300,7 @@ def tidy(folder: Path, kept: list) -> None:
 def make_parser() -> argparse.ArgumentParser:
     parser = cli.make_parser(__doc__)
     parser.add_argument("--max-samples", type=cli.positive_int, metavar="N", help="keep at most N Korean documents")
-    parser.add_argument("--seed", type=int, default=17, help="seed of that sample (default: 17)")
+    parser.add_argument("--seed", type=cli.seed, default=17, help="seed of that sample (default: 17)")
     parser.add_argument("--workers", type=cli.positive_int, metavar="N", help="processes (default: one a processor)")
     parser.add_argument(
         "--executor",

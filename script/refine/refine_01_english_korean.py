@@ -157,7 +157,7 @@ def read_pairs(folder: Path) -> Iterator[tuple[str, str, str]]:
             sides = [next((row[name] for name in names if name in row), None) for names in COLUMNS]
             if not all(isinstance(side, str) for side in sides):
                 raise PipelineError(
-                    f'{show(file)}, row {number}: needs the texts "en" and "ko"; the row has {", ".join(row)}'
+                    f'{show(file)}, row {number}: needs the texts "en" and "ko"; the row has {", ".join(row)}; mend it'
                 )
             yield sides[0], sides[1], origin
 
@@ -193,7 +193,7 @@ def main(argv: list[str] | None = None) -> int:
                 kept[en, ko] = origin
                 counts["kept"] += 1
         if not kept:
-            raise PipelineError(f"{show(paths.raw_pairs)}: no usable pair of {counts['read']}; {dict(counts)}")
+            raise PipelineError(f"{show(paths.raw_pairs)}: no usable pair ({cli.listed(counts)}); bring others")
         out = folder / paths.pairs.name
         for direction in ("en_to_ko", "ko_to_en"):
             records.write_jsonl(

@@ -60,7 +60,9 @@ def main(argv: list[str] | None = None) -> int:
             entries += read_manual_file(raw, manual)
         terms, counts = merge(entries, veterinary=not args.no_veterinary)
         if not terms:
-            raise PipelineError(f"{show(raw)}: no usable entry of {counts['read']}; {dict(counts)}")
+            raise PipelineError(
+                f"{show(raw)}: no usable entry ({cli.listed(counts)}); MANUAL_DATA.md says how the files look"
+            )
         records.write_json(folder / paths.dictionary.name, [term.row() for term in terms])
         log.info("%s", cli.table([[k, f"{n:,}"] for k, n in counts.items()], ["dictionary entries", "number"]))
         if len(terms) < FEWEST and not args.no_veterinary and not is_sample(paths):

@@ -43,9 +43,12 @@ def read_split(paths: RunPaths, split: str, unusable: list[str] | None) -> list[
     contents = {(item["id"], *map(item.get, ("question", *"ABCDE", "answer"))): item["id"] for item in items}
     ids = Counter(contents.values() if split == "train" else [item["id"] for item in items])
     if doubled := [i for i, n in ids.items() if n > 1]:
-        raise PipelineError(f"{show(file)}: {len(doubled)} keys (exam, year, period, number) twice, first {doubled[0]}")
+        raise PipelineError(
+            f"{show(file)}: {cli.count(len(doubled), 'key')} (exam, year, period, number) twice, first {doubled[0]}; "
+            "number them anew, or take one of each away"
+        )
     if not items:
-        raise PipelineError(f"{show(file)}: no questions")
+        raise PipelineError(f"{show(file)}: no questions; bring the split anew")
     return items
 
 
@@ -120,6 +123,9 @@ def main(argv: list[str] | None = None) -> int:
     )
     if (code := stage.already_complete()) is not None:
         return code
+    if lacking := [f"{split}.jsonl" for split in SPLITS if not (paths.raw_mcq / f"{split}.jsonl").is_file()]:
+        check = paths.command("download/download_02_kor_med_test")
+        raise PipelineError(f"{show(paths.raw_mcq)} lacks {', '.join(lacking)}; bring it, and check with: {check}")
     with stage.work() as folder:
         unusable: list[str] = []
         splits = {split: read_split(paths, split, unusable if split == "train" else None) for split in SPLITS}
@@ -132,7 +138,9 @@ def main(argv: list[str] | None = None) -> int:
         splits["train"] = without_leaks(splits["train"], held_out, counts)
         counts["kept"] = len(splits["train"])
         if not splits["train"]:
-            raise PipelineError(f"{show(paths.raw_mcq)}: no train question is left; {dict(counts)}")
+            raise PipelineError(
+                f"{show(paths.raw_mcq)}: no train question is left ({cli.listed(counts)}); bring others"
+            )
         judge = rationales.Judge(splits["train"], [*held_out["dev or test"], *few], args.longest_rationale)
         worked = judge.own() + judge.add(published, RATIONALES)
         if 2 * (useless := judge.useless(worked)) > worked["read"]:

@@ -20,6 +20,7 @@ from typing import Any
 from medgemma_korean import batches, cli, evaluation, inspection, trained, training
 from medgemma_korean import tokenizer as tokenizers
 from medgemma_korean.cli import PipelineError
+from medgemma_korean.paths import show
 from medgemma_korean.profiles import ModelProfile
 
 import train_00_plain_text
@@ -50,7 +51,9 @@ def make_parser() -> argparse.ArgumentParser:
         "--max-samples", type=cli.positive_int, default=SAMPLES, metavar="N",
         help=f"lay out at most N rows of data, drawn as in training (default: {SAMPLES})",
     )  # fmt: skip
-    parser.add_argument("--seed", type=int, default=trained.SEED, help="seed of order and shuffles, as in training")
+    parser.add_argument(
+        "--seed", type=cli.seed, default=trained.SEED, help="seed of order and shuffles, as in training"
+    )
     parser.set_defaults(eval_samples=None, max_characters=None, max_length=None, max_loops=1)
     return parser
 
@@ -60,6 +63,9 @@ def main(argv: list[str] | None = None) -> int:
     profile, paths = cli.resolve(args)
     cli.start_logging(paths, "inspect_batches")
     evaluation.require_held_out(paths)
+    if not (paths.tokenizer / "tokenizer.json").is_file():
+        again = paths.command("model/prepare_tokenizer")
+        raise PipelineError(f"{show(paths.tokenizer)} does not exist or is incomplete; run: {again}")
     tokenizer = tokenizers.load(paths.tokenizer)
     plan = plan_of(args, profile, paths, tokenizer)
     if not plan.rows:

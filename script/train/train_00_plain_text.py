@@ -70,7 +70,9 @@ def first_characters(texts: Callable[[], Iterable[str]], most: int, seed: int) -
     """
     sizes = list(map(len, texts()))
     if sum(sizes) < most:
-        raise PipelineError(f"--max-characters {most}: there are {sum(sizes):,} characters of Korean training text")
+        raise PipelineError(
+            f"--max-characters {most}: there are {sum(sizes):,} characters of Korean training text; ask for fewer"
+        )
     order, cuts = list(range(len(sizes))), {}
     random.Random(seed).shuffle(order)
     while most > 0:

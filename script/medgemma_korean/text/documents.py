@@ -63,7 +63,8 @@ EXPANSION = {".gz": 3, ".bz2": 4, ".xz": 4, ".zst": 3}
 # Text that people put beside a corpus.
 NOTES = ("readme", "license", "licence", "copying", "notice")
 UTF8_MARK = b"\xef\xbb\xbf"
-CUT_CHARACTER = "not UTF-8 (cut in the middle of a character)"
+REPAIR = "correct it, or take that line out"
+CUT_CHARACTER = "not UTF-8 (cut in the middle of a character); bring the file anew"
 
 
 @dataclass(frozen=True)
@@ -237,7 +238,7 @@ def _spans(file: Path, task_bytes: int) -> Iterator[tuple[int, int, int]]:
     with _readable(file):
         size = file.stat().st_size
         if not size:
-            raise PipelineError(f"{show(file)}: an empty file (0 bytes)")
+            raise PipelineError(f"{show(file)}: an empty file (0 bytes); bring it anew, or remove it")
         kind = kind_of(file)
         if kind in ("parquet", "arrow"):
             chunks = _parquet_sizes(file) if kind == "parquet" else list(_arrow_sizes(file))
@@ -337,7 +338,7 @@ def read(task: Task, batch_characters: int = 4_000_000) -> Iterator[Batch]:
 
 def _check_not_blank(file: Path, part: Part) -> None:
     if kind_of(file) in ("lines", "list", "text") and part.stop == file.stat().st_size:
-        raise PipelineError(f"{show(file)}: no documents")
+        raise PipelineError(f"{show(file)}: no documents; bring it anew, or remove it")
 
 
 def check(folder: Path) -> int:
@@ -472,7 +473,7 @@ def _arrow_batches(file: Path, mapped: Any) -> Iterator[Any]:
 
 def _check_schema(file: Path, schema: Any) -> None:
     if TEXT not in schema.names:
-        raise PipelineError(f"{show(file)}: {_no_text(schema.names)}")
+        raise PipelineError(f"{show(file)}: {_no_text(schema.names)}; rename the column")
     if (number := schema.names.count(TEXT)) > 1:
         raise PipelineError(f'{show(file)}: {number} columns are called "{TEXT}"; rename all but one')
     type = schema.field(TEXT).type
@@ -512,7 +513,7 @@ def _intact(file: Path, what: str, row: int | None = None) -> Iterator[None]:
             raise
         where = "" if row is None else f", from row {row + 1:,} on"
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise PipelineError(f"{show(file)}{where}: damaged or cut {what} file ({reason})") from None
+        raise PipelineError(f"{show(file)}{where}: damaged or cut {what} file ({reason}); bring it anew") from None
 
 
 def _rows(
@@ -599,7 +600,7 @@ def _lines(file: Path, start: int, stop: int, limit: int) -> Iterator[tuple[int,
     except (EOFError, zlib.error, lzma.LZMAError, OSError) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise
-        raise _wrong(file, 0, number, f"damaged or cut {compressed[1:]} file ({error})") from None
+        raise _wrong(file, 0, number, f"damaged or cut {compressed[1:]} file ({error}); bring it anew") from None
     if not compressed and byte < stop:
         raise PipelineError(f"{show(file)}: {byte:,} bytes where {stop:,} were listed; it has changed")
 
@@ -627,7 +628,7 @@ def _json_lines(file: Path, start: int, stop: int) -> Iterator[tuple[int, str | 
         except UnicodeDecodeError as error:
             raise _wrong(file, start, number, _not_utf8(error)) from None
         except ValueError as error:
-            raise _wrong(file, start, number, str(error)) from None
+            raise _wrong(file, start, number, f"{error}; {REPAIR}") from None
 
 
 def _text_of(row: dict[str, Any]) -> str | None:
@@ -653,7 +654,7 @@ def _not_utf8(error: UnicodeDecodeError) -> str:
     from medgemma_korean.dictionary_files import is_everyday_syllable
 
     data = bytes(error.object)
-    hint = ""
+    hint = "; convert it to UTF-8"
     if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         hint = "; it is UTF-16: convert it with iconv -f utf-16 -t utf-8"
     elif error.reason == "unexpected end of data":
@@ -739,10 +740,10 @@ class _Window:
                 return value
             except json.JSONDecodeError as error:
                 if self.ended or len(self.text) - self.at > MAX_ENTRY:
-                    raise self.wrong(records.json_reason(error), error.pos) from None
+                    raise self.wrong(f"{records.json_reason(error)}; {REPAIR}", error.pos) from None
                 self.more()
             except (ValueError, RecursionError) as error:
-                raise self.wrong(records.json_reason(error), self.at) from None
+                raise self.wrong(f"{records.json_reason(error)}; {REPAIR}", self.at) from None
 
     def wrong(self, reason: str, at: int | None = None) -> PipelineError:
         line = self.lines + self.text.count("\n", 0, self.at if at is None else at)
