@@ -666,7 +666,7 @@ def test_verify_asks_the_models_again(here, load_program, tmp_path, monkeypatch)
             row["predicted"] = min(row["log_probs"], key=row["log_probs"].get)
 
     assert problems() == []
-    assert len([p for p in problems(shift) if re.search(r"a log-probability is (0\.9|1\.0)", p)]) == verify.ITEMS
+    assert len([p for p in problems(shift) if re.search(r"the log-probability of A is (0\.9|1\.0)", p)]) == verify.ITEMS
     assert len([p for p in problems(rename) if "is not that of its log-probabilities" in p]) == verify.ITEMS
     bits = problems(
         lambda scores: scores["bits_per_character"].update(medical=recorded["bits_per_character"]["medical"] * 1.02)

@@ -174,6 +174,8 @@ def answer(predicted="A", **log_probs):
     [
         (answer(A=-1.0, B=-2.0), answer(A=-1.05, B=-1.95), None),
         (answer(A=-1.0, B=-2.0), answer(A=-1.0, B=-2.2), "0.200 nats from the recorded one, more than 0.1"),
+        (answer(A=-1.0, B=-20.0), answer(A=-1.0, B=-20.3), None),  # an unlikely letter
+        (answer(A=-1.0, B=-20.0), answer(A=-1.0, B=-20.5), "of B is 0.500 nats from the recorded one, more than 0.4"),
         (answer(A=-1.0, B=-2.0), answer(A=float("nan"), B=-2.0), "nats from the recorded one"),
         (answer(A=-1.0, B=-1.01), answer("B", A=-1.03, B=-1.0), None),  # as likely: another device may choose the other
         (answer("B", A=-1.0, B=-2.0), answer(A=-1.0, B=-2.0), "the recorded letter B is not that of"),

@@ -322,7 +322,8 @@ def share(path: Path) -> None:
     wanted = 0o666 & ~_umask()
     for file in [path] if path.is_file() else path.rglob("*"):
         if file.is_file() and not file.is_symlink() and file.stat().st_mode & wanted != wanted:
-            file.chmod(stat.S_IMODE(file.stat().st_mode) | wanted)
+            with contextlib.suppress(PermissionError):  # another user's, linked here
+                file.chmod(stat.S_IMODE(file.stat().st_mode) | wanted)
 
 
 def _umask() -> int:
