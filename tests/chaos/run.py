@@ -179,6 +179,8 @@ class Run:
             require_no_traceback(text)
             if code == 2 and "at work" in text:
                 self.wait_for_others()
+            elif code == 2 and "run the same command again" in text:
+                continue
             elif code == 2 and (told := told_command(text, self.command)):
                 self.obey(told, text)
             else:
