@@ -202,6 +202,10 @@ def poll_for_stop(active: bool) -> None:
         _polling.append(True)
 
 
+DISK_FULL = re.compile(r"No space left on device|Disk quota exceeded|PytorchStreamWriter failed writing")
+DENIED = re.compile(r"Read-only file system|Permission denied|Operation not permitted")
+
+
 def run(main: Callable[[], int | None]) -> int:
     """Run a program's main and turn its outcome into an exit code.
 
@@ -238,6 +242,13 @@ def run(main: Callable[[], int | None]) -> int:
     except Exception as error:
         if type(error).__name__ == "OutOfMemoryError":  # torch's, by name: it is not imported here
             _say(f"error: out of GPU memory ({str(error).splitlines()[0]}); {MEMORY_ADVICE}")
+            return EXIT_INPUT
+        # safetensors, tokenizers and torch have errors of their own for what the system said.
+        if found := DISK_FULL.search(str(error)):
+            _say(f"error: no space left on a disk ({found[0]}); free some and run again")
+            return EXIT_INPUT
+        if DENIED.search(str(error)):
+            _say(f"error: no permission: {str(error).splitlines()[0]}")
             return EXIT_INPUT
         _say(traceback.format_exc() + "this is a bug; please report it with the lines above")
         return EXIT_BUG
