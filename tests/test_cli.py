@@ -140,6 +140,8 @@ def raising(error):
         (raising(KeyboardInterrupt()), 130, "run the same command again"),
         (raising(MemoryError()), 2, "out of memory"),
         (raising(OSError(errno.ENOSPC, "No space", "/x/y")), 2, "no space left"),
+        (raising(RuntimeError("while serializing: No space left on device (os error 28)")), 2, "no space left"),
+        (raising(RuntimeError("while serializing: Read-only file system (os error 30)")), 2, "no permission"),
         (raising(PermissionError(errno.EACCES, "Permission denied", "/x/y")), 2, "/x/y"),
         (raising(BrokenPipeError(errno.EPIPE, "Broken pipe")), 0, ""),
         (raising(FileNotFoundError(errno.ENOENT, "No such file", "z")), 1, "Traceback"),

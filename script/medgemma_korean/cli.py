@@ -370,7 +370,9 @@ GPU_ADVICE = (
     "nvidia-smi and dmesg say whether the card is there; the same command continues from the last checkpoint, and "
     "ends at the same place again where the card is not to blame"
 )
+# safetensors, tokenizers and torch have errors of their own for what the system said.
 DISK_FULL = re.compile(r"No space left on device|Disk quota exceeded|PytorchStreamWriter failed writing")
+DENIED = re.compile(r"Read-only file system|Permission denied|Operation not permitted")
 # Out of main memory, in the words of torch's allocator and of its data loader.
 MEMORY_FAULT = re.compile(
     r"can't allocate memory|DataLoader worker .* killed by signal: Killed|CUDA error: out of memory"
@@ -407,6 +409,8 @@ def explain(error: Exception) -> tuple[int, str, str]:
         return EXIT_INPUT, f"the GPU failed ({first})", GPU_ADVICE
     elif DISK_FULL.search(text):
         return EXIT_INPUT, f"no space left on a disk ({first})", "free some and run again"
+    elif DENIED.search(text):
+        return EXIT_INPUT, f"no permission to write ({first})", "make the folder writable, and run again"
     return EXIT_BUG, f"a bug: {type(error).__name__}: {first}", "please report it with the traceback in the log"
 
 

@@ -130,8 +130,8 @@ def _spec(seed: int, number: int, kind: str, cut: int, whole: bool) -> Spec:
         return replace(spec, strikes=(("read-only", moment(names, by_change=1.0)),), folder=folder)
     if kind in ("cut file", "flipped bit"):
         trainings = [name for name in stages if name in TRAININGS]
-        of_partial = bool(trainings) and rng.random() < 0.6
-        when = moment(trainings if of_partial else stages[1:], by_change=1.0)
+        of_partial = (bool(trainings) or cut == 0) and rng.random() < 0.6
+        when = moment((trainings or ["refine"]) if of_partial else stages[1:], by_change=1.0)
         if of_partial:
             when = replace(when, share=round(rng.uniform(0.35, 0.95), 3))  # a checkpoint is there by then
         damage = "cut" if kind == "cut file" else "flip"
@@ -229,7 +229,8 @@ def close(folder: Path) -> Callable[[], None]:
 
 def unfinished_files(root: Path) -> list[Path]:
     """What an interrupted stage left: its work folder, but for what TensorBoard draws."""
-    found = (p for p in (root / "model").glob("*/.*.partial/**/*") if p.is_file() and "runs" not in p.parts)
+    places = ("model/*/.*.partial/**/*", "data/sample/02_refined/.shards/*", "data/sample/*/.stages/*.partial/**/*")
+    found = (p for place in places for p in root.glob(place) if p.is_file() and "runs" not in p.parts)
     return sorted(p for p in found if p.stat().st_size)
 
 

@@ -38,7 +38,8 @@ STARTS = 12  # of the same command, beyond which a run counts as stuck
 TRIES = 5  # with an earlier moment, where the command ended before the fault
 HASTE = 0.7  # of the reference's time: a moment that comes too late costs a whole run
 WAITS = 60  # seconds for what a killed driver or stage has left at work
-SPACE = re.compile(r"space", re.IGNORECASE)
+SPACE = re.compile(r"no space", re.IGNORECASE)
+PERMISSION = re.compile(r"permission|read-only", re.IGNORECASE)
 
 
 class TooLate(Exception):
@@ -136,6 +137,7 @@ class Run:
         if code == 0:
             raise TooLate
         require_refusal("full disk", code, attempt.text, SPACE)
+        self.notes.append(first_error(attempt.text))
         if moment.stage in world.TRAININGS and before and not newest(before) & faults.whole_checkpoints(self.root):
             raise Problem(f"full disk: of {before} the newest does not stand")
         again = self.begin()
@@ -152,9 +154,10 @@ class Run:
                 self.notes.append("read-only logs did not end it")
                 return
             raise TooLate
-        require_refusal("read-only", code, attempt.text, re.compile("permission|read-only", re.IGNORECASE))
+        require_refusal("read-only", code, attempt.text, PERMISSION)
+        self.notes.append(first_error(attempt.text))
         again = self.begin()
-        require_refusal("read-only, once more", again.wait(), again.text, re.compile("permission|read-only", re.I))
+        require_refusal("read-only, once more", again.wait(), again.text, PERMISSION)
         open_again()
 
     def damage(self) -> None:
@@ -179,6 +182,8 @@ class Run:
             require_no_traceback(text)
             if code == 2 and "at work" in text:
                 self.wait_for_others()
+            elif code == 2 and "run the same command again" in text:
+                continue
             elif code == 2 and (told := told_command(text, self.command)):
                 self.obey(told, text)
             else:
@@ -245,6 +250,11 @@ class Run:
 
 def newest(checkpoints: set[str]) -> set[str]:
     return {max(checkpoints, key=lambda name: int(name.rpartition("-")[2]))}
+
+
+def first_error(text: str) -> str:
+    """The first line that says what went wrong, cut to one of a terminal."""
+    return next((line for line in text.splitlines() if line.startswith("error")), "no error was told")[:200]
 
 
 def require_no_traceback(text: str) -> None:

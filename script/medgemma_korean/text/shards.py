@@ -130,7 +130,7 @@ class Job:
 
     @contextlib.contextmanager
     def reading(self, suffix: str) -> Iterator[Path]:
-        """The path of a file to read; what is wrong with it becomes a message."""
+        """The path of a file to read; one that is damaged is deleted, to be made again, and becomes a message."""
         import pyarrow
 
         path = self.path(suffix)
@@ -138,8 +138,10 @@ class Job:
             yield path
         except (pyarrow.ArrowException, OSError, EOFError, ValueError) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            with contextlib.suppress(OSError):
+                path.unlink(missing_ok=True)
             raise PipelineError(
-                f"{show(path)}: a damaged shard ({reason}); delete this file and run the same command again"
+                f"{show(path)}: a damaged shard ({reason}); it was deleted, run the same command again"
             ) from None
 
     def about(self) -> dict[str, Any]:
