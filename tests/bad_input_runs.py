@@ -356,9 +356,9 @@ def written(cases: list[Any], messages: list[str]) -> str:
         f"{len(cases)} wrong inputs, the exit code and the message of each. Made by `python tests/bad_input_runs.py "
         "--write` from `tests/bad_input_cases.py`; `tests/test_bad_inputs.py` runs them: the exit code is the one "
         "here, there is one message, it names the cause and the next step, there is no traceback in it or in the log, "
-        "no input is altered and no file is left behind. What may stay is the log, the progress file, and finished work that "
-        "the next run goes on with: downloads as they were published, sources of text that are refined already. ROOT is "
-        "the folder that holds data/, model/ and logs/, PROJECT the repository, HUB the hub.",
+        "no input is altered and no file is left behind. What may stay is the log, the progress file, and finished "
+        "work that the next run goes on with: downloads as they were published, sources of text that are refined "
+        "already. ROOT is the folder that holds data/, model/ and logs/, PROJECT the repository, HUB the hub.",
     ]
     program = None
     for number, (case, message) in enumerate(zip(cases, messages, strict=True), 1):
