@@ -28,7 +28,7 @@ Change = Callable[[Path], None]
 class Case:
     """One wrong input.
 
-    argv: ROOT in it stands for the project root. cause, step: parts of the message, what is wrong and what to do.
+    cause, step: parts of the message, what is wrong and what to do.
     start: the root it begins with, one of empty, sample, refined, chain. prepare: what is made wrong in it.
     hub: what a hub on this machine publishes. bound: run without the right to pass over permission bits.
     """
@@ -1202,7 +1202,7 @@ CASES += [
         "chain",
     ),
     Case(
-        LORA, "a device that is not there", ("--device", "cuda:7", "--force"), "this machine has", "cpu", start="chain"
+        LORA, "a device that is not there", ("--device", "cuda:99", "--force"), "this machine has", "cpu", start="chain"
     ),
     Case(LORA, "a device that does not exist", ("--device", "banana"), "banana", "use cuda:0 or cpu"),
     Case(CARD, "a size that is no number", ("--available", "nan"), "nan", "--help"),
@@ -2016,6 +2016,56 @@ CASES += [
         "config.json: expected a JSON object",
         "bring the model's own",
         has("model/raw/medgemma-4b/config.json", "[1]"),
+    ),
+]
+
+# code of its own, and a hub that sends something else than it lists ----------------------------------------
+
+SHARD = "namuwiki_20210301.parquet"
+CASES += [
+    Case(
+        T_TEXT,
+        "a Gemma 3 that names code of its own and has no layers",
+        OTHER,
+        "config.json cannot be read",
+        "bring the model's own",
+        base(
+            values("other/config.json", auto_map={"AutoConfig": "evil.C"}, num_hidden_layers="x"),
+            has("other/evil.py", HOSTILE),
+        ),
+        "chain",
+    ),
+    Case(
+        D_TEXT,
+        "a file that comes with other bytes, every time",
+        ONE,
+        "came with other content than announced",
+        "--update",
+        hub=namu(None, "altered", SHARD, None, where="cdn"),
+    ),
+    Case(
+        D_TEXT,
+        "a file that comes cut, every time",
+        ONE,
+        "came with other content than announced",
+        "--update",
+        hub=namu(None, "short", SHARD, None, where="cdn"),
+    ),
+    Case(
+        D_TEXT,
+        "a file that is listed and not there",
+        ONE,
+        "is listed but not found (404)",
+        "--update",
+        hub=namu(None, "status", SHARD, None, code=404, error_code="EntryNotFound", where="resolve"),
+    ),
+    Case(
+        D_TEXT,
+        "a hub that forbids",
+        ONE,
+        "heegyu/namuwiki",
+        "download_00_plain_text.py",
+        hub=namu(None, "status", "api", None, code=403),
     ),
 ]
 

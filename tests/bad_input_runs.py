@@ -237,13 +237,12 @@ class Place:
         known |= case.environment
         if case.prepare:
             case.prepare(root)
-        argv = [argument.replace("ROOT", str(root)) for argument in case.argv]
         before = snapshot(folder)
         if case.program.endswith(".sh"):
-            shown = self._driver(folder, case.program, argv, known)
+            shown = self._driver(folder, case.program, list(case.argv), known)
         else:
             server = self.server(case.start == "chain")
-            shown = server.run(case.program, argv, folder, known, bound=case.bound)
+            shown = server.run(case.program, list(case.argv), folder, known, bound=case.bound)
         after = snapshot(folder)
         logs = "".join(p.read_text(errors="replace") for p in root.glob("logs/*.log") if p.is_file())
         left = [f"{name} is new" for name in sorted(after.keys() - before.keys()) if not LEFT.fullmatch(name)]
@@ -357,7 +356,9 @@ def written(cases: list[Any], messages: list[str]) -> str:
         f"{len(cases)} wrong inputs, the exit code and the message of each. Made by `python tests/bad_input_runs.py "
         "--write` from `tests/bad_input_cases.py`; `tests/test_bad_inputs.py` runs them: the exit code is the one "
         "here, there is one message, it names the cause and the next step, there is no traceback in it or in the log, "
-        "no input is altered and no file is left behind.",
+        "no input is altered and no file is left behind. What may stay is the log, the progress file, and finished "
+        "work that the next run goes on with: downloads as they were published, sources of text that are refined "
+        "already. ROOT is the folder that holds data/, model/ and logs/, PROJECT the repository, HUB the hub.",
     ]
     program = None
     for number, (case, message) in enumerate(zip(cases, messages, strict=True), 1):

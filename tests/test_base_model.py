@@ -473,3 +473,15 @@ def test_what_is_trained_on_is_never_written_over(run_here, here):
         with pytest.raises(PipelineError, match="holds what is trained on"):
             run_here("train_00_plain_text", "--base-model", base, "--output", target, *STEPS)
     assert base_model.missing(base) == []
+
+
+@pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json"])
+def test_code_that_comes_with_a_base_is_never_executed(file, tmp_path, monkeypatch):
+    folder, mark = plain(tmp_path / "x"), tmp_path / "executed"
+    (folder / "evil.py").write_text(f"open({str(mark)!r}, 'w')\nclass Evil:\n    pass\n")
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("nobody is asked whether to run it"))
+    names = ("AutoConfig", "AutoModelForCausalLM", "AutoTokenizer")
+    edit(folder / file, auto_map={name: "evil.Evil" for name in names} | {"AutoTokenizer": ["evil.Evil", None]})
+    base_model.require_folder(folder)
+    base_model.require_whole(folder)
+    assert not mark.exists()

@@ -74,7 +74,7 @@ def text_config(folder: Path) -> Any:
     if not (Path(folder) / "config.json").is_file():
         raise PipelineError(f"{folder}: no model there (config.json is missing)")
     try:
-        config = AutoConfig.from_pretrained(folder)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # of every kind: the file may hold anything
         reason = " ".join(str(error).split())[:300]
         raise PipelineError(f"{folder}: config.json cannot be read ({reason}); bring the model's own") from None
