@@ -304,9 +304,7 @@ def test_a_damaged_record_is_named_and_made_anew_by_force(paths, text):
     whole = file.read_text()
     file.write_text(text if text != "a digit" else whole.replace('"kept": 1', '"kept": 2'))
     for run in (run_refine, run_train):
-        with pytest.raises(
-            PipelineError, match=r"refine_00_plain_text\.json: not a .*\n.*the same command with --force"
-        ):
+        with pytest.raises(PipelineError, match=r"refine_00_plain_text\.json: not a .*the same command with --force"):
             run(paths)
     assert run_refine(paths, force=True) is None
     assert read_record(file)["counts"] == {"kept": 1} and run_train(paths) is None
@@ -675,7 +673,7 @@ def test_what_is_no_record_is_refused_in_words(paths, change):
     file = paths.record("refine_00_plain_text")
     records.write_json(file, records.read_json(file) | change if isinstance(change, dict) else change)
     for read in (lambda: read_record(file), lambda: refine(paths).already_complete(), lambda: train(paths).identity()):
-        with pytest.raises(PipelineError, match="not a stage record; move it away"):
+        with pytest.raises(PipelineError, match="not a stage record.*or move it away"):
             read()
 
 

@@ -10,7 +10,7 @@ import pytest
 from medgemma_korean import cli, page, records, shapes
 from medgemma_korean.cli import PipelineError
 from medgemma_korean.paths import RunPaths
-from medgemma_korean.stage import Stage, check_outputs, read_record, record_beside, vouch, write_record
+from medgemma_korean.stage import Stage, check_outputs, read_record, record_beside, vouch
 
 
 @pytest.fixture
@@ -84,25 +84,27 @@ def test_a_record_that_is_not_as_it_was_written_is_no_record(change, said, refin
     record = records.read_json(path)
     change(record)
     records.write_json(path, record)
-    with pytest.raises(PipelineError, match="the record is not as it was written"):
+    with pytest.raises(PipelineError, match="other content than when it was written"):
         read_record(path)
-    assert said()[1].count("the record is not as it was written") >= 1
+    assert said()[1].count("other content than when it was written") >= 1
     later = Stage("refine_02_kor_med_test", refined, [refined.mcq, refined.characters], [], {})
     later.record_path = path
-    with pytest.raises(PipelineError, match="not as it was written"):
+    with pytest.raises(PipelineError, match="other content than when it was written"):
         later.already_complete()
 
 
 def test_a_record_of_an_earlier_version_has_no_seal(said, refined):
     path = refined.record("refine_01_medical_dict")
     record = records.read_json(path)
-    del record["sha256"]
+    del record[records.SEAL]
     records.write_json(path, record)
     assert read_record(path) == record and said()[0] == 0
 
 
 def test_the_seal_is_that_of_what_json_keeps(tmp_path):
-    write_record(tmp_path / "stage.json", {"a": (1, 2), "b": {2: "x", 10: "y"}, "c": 0.1 + 0.2, "d": 1e-05, "e": "한"})
+    records.write_sealed(
+        tmp_path / "stage.json", {"a": (1, 2), "b": {2: "x", 10: "y"}, "c": 0.1 + 0.2, "d": 1e-05, "e": "한"}
+    )
     assert read_record(tmp_path / "stage.json")["b"] == {"2": "x", "10": "y"}
 
 

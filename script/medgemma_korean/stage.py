@@ -126,8 +126,9 @@ def read_record(path: Path) -> dict[str, Any] | None:
 
 def no_record(path: Path, why: str = "") -> PipelineError:
     return PipelineError(
-        f"{show(path)}: not a stage record, or a damaged one{f' ({why})' if why else ''}; make that stage again with "
-        "--force (its old result is kept as .previous), or move it away, and the stage counts as incomplete"
+        f"{show(path)}: not a stage record, or a damaged one{f' ({why})' if why else ''}; "
+        "./run_full_pipeline.sh, the same command with --force, makes that stage again (its old result is kept as "
+        ".previous); or move it away, and the stage counts as incomplete"
     )
 
 
@@ -476,8 +477,7 @@ class Stage:
         return self._resumed
 
     def _report(self, **values: Any) -> None:
-        if values.get("metric"):
-            values["metric"] = cli.masked(values["metric"])
+        values |= {key: cli.masked(values[key]) for key in ("metric", "cause") if values.get(key)}
         progress.update(self.paths, self.program, self.driver_stage, **values)
 
     def tick(self, done: int, total: int, metric: str = "") -> None:
@@ -534,7 +534,7 @@ class Stage:
             "scores": scores,
             "gate": gate,
             "warnings": [cli.masked(text) for text in self.warnings],
-            "command": _command(),
+            "command": cli.masked(_command()),
             "versions": versions(),
             "seconds": round(time.monotonic() - self._started, 1),
             "resumed": self._resumed,  # `seconds` are then those of its last part

@@ -438,7 +438,7 @@ def refused(folder: Path, *said: str, task_bytes: int = 96_000_000) -> str:
         ("a.txt", "가\n나".encode()[:-1], "line 2: not UTF-8 (cut in the middle of a character)"),
         ("a.txt", b" \n\n\n", "no documents"),
         ("a.jsonl", b"\xef\xbb\xbf\n\n", "no documents"),
-        ("a.jsonl.gz", gzip.compress(b""), "no documents"),
+        ("a.jsonl.gz", gzip.compress(b"", mtime=0), "no documents"),
         ("a.json", b" [ ] ", "no documents"),
         ("a.json", b'{"data": []}', 'expected a JSON list of objects; call it .jsonl if each line is an object'),
         ("a.json", b'[{"text": "a"},\n{"text": 3}]', 'row 2: "text" is a number, not a string'),
