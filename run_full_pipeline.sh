@@ -169,7 +169,7 @@ on_signal() {
   [[ -z $child ]] || kill -TERM "$child" 2> /dev/null || true
 }
 trap on_signal TERM INT HUP
-trap 'rm -f "$pid"' EXIT
+trap 'rm -f "$pid" || true' EXIT   # a failure here would be the exit code of the run
 echo $$ > "$pid"
 
 finish() {  # CODE MESSAGE
