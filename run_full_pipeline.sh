@@ -197,7 +197,7 @@ at_end() {
   case $code in 0) outcome="done" ;; 3) outcome=gate ;; 130) outcome=interrupted ;; esac
   [[ ! $heart ]] || kill "$heart" 2> /dev/null || true
   (trap '' TERM INT HUP; note end --stage "$last_stage" --code "$code" --message "$message") || true
-  rm -f "$pid"
+  rm -f "$pid" || true   # a failure here would be the exit code of the run
   exec 9>&-   # the command may start the next run
   [[ ! $on_finish ]] || MEDGEMMA_KOREAN_OUTCOME=$outcome MEDGEMMA_KOREAN_CODE=$code MEDGEMMA_KOREAN_RUN=$name \
     MEDGEMMA_KOREAN_LAST_STAGE=$last_stage MEDGEMMA_KOREAN_MESSAGE=$message${why:+: $why} MEDGEMMA_KOREAN_LOG=$log \

@@ -280,12 +280,12 @@ def told_command(text: str, same: list[str]) -> list[str] | None:
 # series -------------------------------------------------------------------------------------------------
 
 
-def perform(spec: Spec, reference: Reference, work: Path) -> dict:
+def perform(spec: Spec, reference: Reference, work: Path, mounts: bool) -> dict:
     """One run, with an earlier moment again where the command was quicker than the fault; its result, as a row."""
     home, began = work / f"run_{spec.number}", time.monotonic()
     row = {"run": spec.number, "kind": spec.kind, "cut": spec.cut, "last": spec.last, "fault": spec.fault}
     row["moments"] = "; ".join(str(moment) for _, moment in spec.strikes)
-    if why := faults.lacking(spec, world.can_mount(work)):
+    if why := faults.lacking(spec, mounts):
         return {**row, "result": "skipped", "why": why, "seconds": 0}
     result, why, run = "FAILED", "always too late", None
     for tries in range(1, TRIES + 1):
@@ -318,13 +318,13 @@ def series(specs: list[Spec], work: Path, results: Path, jobs: int = 1) -> list[
     work.mkdir(parents=True, exist_ok=True)
     world.kill_all(work)  # of an earlier start that was killed
     world.unmount_below(work)
-    reference = world.make_reference(work)
+    reference, mounts = world.make_reference(work), world.can_mount(work)
     rows = read_results(results)
     todo = [s for s in specs if rows.get(s.number, {}).get("result") != "identical"]
     todo.sort(key=lambda spec: len(spec.stages))  # whole chains last: they take the longest
     pool = concurrent.futures.ThreadPoolExecutor(jobs)
     try:
-        for done in concurrent.futures.as_completed(pool.submit(perform, s, reference, work) for s in todo):
+        for done in concurrent.futures.as_completed(pool.submit(perform, s, reference, work, mounts) for s in todo):
             row = done.result()
             rows[row["run"]] = row
             with open(results, "a", encoding="utf-8") as file:
