@@ -123,7 +123,7 @@ name='' log='' pid='' lock='' progress='' chosen='' skipped='' demonstration=''
 while IFS='=' read -r key value; do printf -v "$key" '%s' "$value"; done <<< "$answers"
 
 mkdir -p "$(dirname "$log")" || die "$(dirname "$log") cannot be made"
-exec 9>> "$lock"
+exec 9>> "$lock" || exit 2
 if ! flock -n 9; then
   exec 9>&-
   die "$("$python" "$script/operate/status.py" "${run[@]}" --holder)"

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import errno
 import fcntl
 import os
 import platform
@@ -405,6 +406,8 @@ class Stage:
             self._report(state="gate")
             raise
         except BaseException as error:
+            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT) and not error.filename:
+                error.filename = show(self._work)  # a full disk says nothing of where it is
             self._report(state="failed", metric=str(error).splitlines()[0][:100] if str(error) else "")
             raise
 
