@@ -157,6 +157,19 @@ def test_exit_codes(main, code, part, capsys):
         assert said == ""
 
 
+def test_a_signal_is_no_error_that_a_library_may_wrap(capsys, monkeypatch):
+    monkeypatch.setattr(cli, "_stop_requested", [])
+
+    def imports():  # as trl does
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        except Exception as error:
+            raise RuntimeError("Failed to import") from error
+
+    assert cli.run(imports) == 130
+    assert "run the same command again to continue" in "".join(capsys.readouterr())
+
+
 def test_a_signal_ends_a_program_and_a_polling_one_saves_first(capsys, monkeypatch):
     def stops_at_once():
         signal.raise_signal(signal.SIGTERM)

@@ -49,8 +49,11 @@ class GateError(PipelineError):
     exit_code = EXIT_GATE
 
 
-class Interrupted(Exception):
-    """A signal asked the program to end; what it had is saved."""
+class Interrupted(BaseException):
+    """A signal asked the program to end; what it had is saved.
+
+    No Exception: a library that turns those into its own, as trl does while it is imported, must not catch it.
+    """
 
 
 class Parser(argparse.ArgumentParser):

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import errno
 import fcntl
 import os
 import platform
@@ -460,6 +461,8 @@ class Stage:
             self._report(state="gate")
             raise
         except BaseException as error:
+            if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT) and not error.filename:
+                error.filename = show(self._work)  # a full disk says nothing of where it is
             self._report(state="failed", cause=str(error).splitlines()[0][:200] if str(error) else type(error).__name__)
             if isinstance(error, (PipelineError, OSError)):
                 self._clear(resumable)
