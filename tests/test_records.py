@@ -226,3 +226,9 @@ def test_a_sealed_object_is_read_as_it_was_written_or_not_at_all(tmp_path):
         assert records.read_sealed(file, ["rows"]) is None
     file.write_text('{"rows": 3}')  # of an earlier version
     assert records.read_sealed(file, ["rows"]) == {"rows": 3}
+
+
+def test_a_full_disk_is_told_with_the_file(tmp_path):
+    with pytest.raises(OSError) as error, records.atomic_open(tmp_path / "x"):
+        raise OSError(28, "No space left on device")
+    assert error.value.filename == str(tmp_path / "x") and not list(tmp_path.iterdir())
