@@ -240,3 +240,9 @@ def test_a_file_of_another_shape_is_refused_with_what_to_do(tmp_path, text, reas
     assert str(error.value).startswith(f"{file}: ") and str(error.value).endswith(reason)
     file.write_text('{"a": 1, "b": 2, "c": 3}')
     assert records.read_object(file, "a", "c")["b"] == 2
+
+
+def test_a_full_disk_is_told_with_the_file(tmp_path):
+    with pytest.raises(OSError) as error, records.atomic_open(tmp_path / "x"):
+        raise OSError(28, "No space left on device")
+    assert error.value.filename == str(tmp_path / "x") and not list(tmp_path.iterdir())

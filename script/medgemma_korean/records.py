@@ -231,6 +231,9 @@ def atomic_open(path: Path) -> Iterator[IO[str]]:
             os.fsync(file.fileno())
         os.replace(part, path)
         _sweep(path)
+    except OSError as error:
+        error.filename = error.filename or str(path)  # a full disk says nothing of where it is
+        raise
     finally:
         part.unlink(missing_ok=True)
 
