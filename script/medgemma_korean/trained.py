@@ -481,6 +481,8 @@ def _finish(folder, model, outcome, after, context: Context, program: str, stage
     modeling.save_adapter(model, final)
     if not processes.is_main():
         return
+    for rejected in folder.glob("rejected-checkpoint-*"):  # stepped back from; what replaced it stands
+        shutil.rmtree(rejected)
     tokenizers.copy(context.link.base, final)
     records.write_json(folder / "evaluation.json", after)
     info = {
