@@ -168,6 +168,18 @@ def test_a_signal_is_no_error_that_a_library_may_wrap(capsys, monkeypatch):
 
     assert cli.run(imports) == 130
     assert "run the same command again to continue" in "".join(capsys.readouterr())
+    cli._stop_requested.clear()
+
+    def imports_twice():  # as torch does with numpy, which then cannot be loaded
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        except BaseException:
+            raise ImportError("cannot load module more than once per process") from None
+
+    assert cli.run(imports_twice) == 130
+    said = "".join(capsys.readouterr())
+    assert "SIGTERM, on which came ImportError: cannot load module more than once" in said and "Traceback" not in said
+    assert cli.run(raising(ImportError("x"))) == 1  # without a signal it is a bug
 
 
 def test_a_signal_ends_a_program_and_a_polling_one_saves_first(capsys, monkeypatch):

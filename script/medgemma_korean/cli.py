@@ -352,10 +352,12 @@ def _on_signal(number: int, frame: object) -> None:
     _stopped_at[:] = [time.monotonic()]
     _stop_requested.append(signal.Signals(number).name)
     if not _polling or len(_stop_requested) > 1:
+        _raised.append(True)
         raise Interrupted(_stop_requested[0])
 
 
 _polling: list[bool] = []
+_raised: list[bool] = []  # the handler has ended what ran
 
 
 def poll_for_stop(active: bool) -> None:
@@ -422,6 +424,7 @@ def run(main: Callable[[], int | None]) -> int:
 
     One message for what a user can cause; a traceback, in the log, only for a bug.
     """
+    _raised.clear()
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         if signal.getsignal(number) != signal.SIG_IGN:  # nohup, and a shell's background jobs, set it to ignored
             signal.signal(number, _on_signal)
@@ -436,6 +439,11 @@ def run(main: Callable[[], int | None]) -> int:
     except Exception as error:
         if isinstance(error, BrokenPipeError) and not os.environ.get(DRIVER_VARIABLE):
             return EXIT_DONE  # `program | head` is no fault
+        if _raised and not isinstance(error, PipelineError):
+            # Libraries catch what ends them in the middle of an import, and go on to an error of their own.
+            what = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+            _say(f"interrupted ({_stop_requested[0]}, on which came {what}); run the same command again to continue")
+            return EXIT_INTERRUPTED
         code, cause, advice = explain(error)
         if code == EXIT_BUG:
             whose = "" if isinstance(error, OSError) else "this is a bug; please report it with the lines above"

@@ -221,7 +221,7 @@ def _copied_at_each_stage(attempt: Attempt, root: Path, folder: Path) -> dict[st
 # Times, trainer state and logs are not compared; nor what is kept aside, nor pictures, which the page's numbers make.
 _NOT_COMPARED = ("runs",)
 _NOT_COMPARED_STARTS = ("checkpoint-", "rejected-checkpoint-")
-_OF_TIME = ("seconds", "finished", "versions", "mtime_ns", "seal")
+_OF_TIME = ("seconds", "finished", "versions", "mtime_ns", "seal", "peak_memory", "resumed")
 
 
 def _compared(parts: tuple[str, ...]) -> bool:
