@@ -29,6 +29,14 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 SAMPLE_RAW = REPOSITORY / "data" / "sample" / "01_raw"
 
 
+LONGEST = ("test_end_to_end.py", "test_chaos.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first, one to each of two processes."""
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
+
+
 @dataclass(frozen=True)
 class Outcome:
     """What a program answered."""

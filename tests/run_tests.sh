@@ -46,9 +46,8 @@ check "style" "$python" -m ruff check .
 check "format" "$python" -m ruff format --check .
 # Two at a time, each file in one process: the models of the tests are too small for a second thread of their own.
 check "fast tests" tests -n 2 --dist loadfile -m "not slow and not full and not gpu" "$@"
-check "slow tests" tests -n 2 --dist loadfile -m "slow and not full and not gpu and not chaos" "$@"
-# It uses both cores itself.
-check "chaos, short" tests -m "chaos and slow" "$@"
+# In conftest's order: the whole run and the chaos suite go side by side, and the rest follows the shorter one.
+check "slow tests" tests -n 2 --dist loadfile --no-loadscope-reorder -m "slow and not full and not gpu" "$@"
 if [[ $full ]]; then
   check "known faults of packages" known_faults
   check "series" tests -m "full" "$@"

@@ -247,6 +247,7 @@ def digest(file: Path) -> str:
     return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
+@pytest.mark.full
 def test_killed_training_continues_to_the_same_bytes(finished, tmp_path):
     root, _ = finished
     options = ("--max-steps", "9", "--show-samples-every", "3")
@@ -292,6 +293,7 @@ def test_changed_setting_is_told_and_force_keeps_the_old(finished, tmp_path):
     assert result.returncode == 0, "train_00 itself is unchanged until add_lora is made anew"
 
 
+@pytest.mark.full
 def test_base_vocabulary_goes_through_the_same_code_and_stands_beside_the_extended_one(finished, tmp_path):
     """--new-tokens 0: no new rows anywhere, and the chain still trains; stage 00 of both on the same text."""
     root, _ = finished

@@ -19,7 +19,8 @@ FORTY = 40
 # Of the forty: kill -9 of the group, a moved clock, SIGTERM, a flipped bit in a checkpoint, a full disk, a flipped bit
 # in what is complete; each training and the report among the stages.
 SIX = (3, 9, 17, 18, 27, 33)
-JOBS = 2 if (os.cpu_count() or 1) > 1 else 1
+# Beside another process of pytest-xdist one at a time.
+JOBS = 2 if (os.cpu_count() or 1) > 1 and "PYTEST_XDIST_WORKER" not in os.environ else 1
 
 
 def show(rows: list[dict]) -> str:
