@@ -359,11 +359,11 @@ def test_what_was_begun_is_kept_where_nothing_says_with_what(paths):
     assert (folder.with_name(f"{folder.name}.previous") / "checkpoint").read_text() == "of days"
 
 
-def test_a_full_disk_without_a_name_is_that_of_the_work_folder(paths):
+def test_a_full_disk_without_a_name_is_that_of_the_outputs(paths):
     run_refine(paths)
     with pytest.raises(OSError) as error, train(paths).work():
         raise OSError(errno.ENOSPC, "No space left on device")
-    assert error.value.filename == "model/00_trained/.tiny.partial"
+    assert error.value.filename == "model/00_trained"
 
 
 # one process at a time ----------------------------------------------------------------------------------

@@ -462,7 +462,7 @@ class Stage:
             raise
         except BaseException as error:
             if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT) and not error.filename:
-                error.filename = show(self._work)  # a full disk says nothing of where it is
+                error.filename = show(self.record_path.parents[1])  # a full disk says nothing of where it is
             self._report(state="failed", cause=str(error).splitlines()[0][:200] if str(error) else type(error).__name__)
             if isinstance(error, (PipelineError, OSError)):
                 self._clear(resumable)
