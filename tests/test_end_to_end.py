@@ -382,6 +382,7 @@ def over_fitted(root, folder, monkeypatch, program, changes, settings, look):
     return before, outcome.history[-1]["seen"]
 
 
+@pytest.mark.full
 def test_questions_that_are_trained_over_and_over_are_answered(finished, tmp_path, monkeypatch):
     from medgemma_korean import batches, evaluation, mcq
 
