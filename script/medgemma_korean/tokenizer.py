@@ -155,6 +155,8 @@ def load(folder: Path) -> Any:
         raise PipelineError(f"{folder}: no tokenizer.json there")
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except MemoryError:
+        raise
     except Exception as error:  # the library raises bare ones for what is no tokenizer
         reason = (str(error).splitlines() or [""])[0] or type(error).__name__
         reason = f"no {reason}" if isinstance(error, KeyError) else reason
