@@ -232,8 +232,8 @@ stage() {  # NAME PROGRAM [ARGUMENT...]: run one stage, unless it is skipped or 
   # A signal ends `wait` early, with a code of its own; the stage's own code is had when it is gone.
   while kill -0 "$child" 2> /dev/null; do wait "$child" || true; done
   [[ ! $stopping ]] || { code=0; wait "$child" || code=$?; }
-  # A program that was killed could not end its workers, which may go on writing.
-  ((code <= 128 || code == 130)) || kill -KILL -- "-$child" 2> /dev/null || true
+  # A program that was killed, or interrupted while it started another one, could not end what it had begun.
+  ((code == 0)) || kill -KILL -- "-$child" 2> /dev/null || true
   child=
   # 143, 129: SIGTERM or SIGHUP came before the program was ready to catch it; 137 after a signal: --stop now.
   [[ $code != 143 && $code != 129 && ! ($stopping && $code == 137) ]] || code=130
