@@ -148,6 +148,17 @@ def refined_root(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
+def refined(refined_root, tmp_path, monkeypatch):
+    """A copy of a refined project that is this test's own."""
+    root = tmp_path / "root"
+    shutil.copytree(refined_root, root)
+    monkeypatch.setenv("MEDGEMMA_KOREAN_ROOT", str(root))
+    from medgemma_korean.paths import RunPaths
+
+    return RunPaths.of("tiny", "data/sample")
+
+
+@pytest.fixture
 def hub():
     """A hub of this test's own on 127.0.0.1; tests add repositories and order faults."""
     from hub_repositories import GATED, TOKEN

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
-import shutil
 from pathlib import Path
 
 import pytest
@@ -34,15 +33,6 @@ def planned(plan, capsys):
         return parts[0].splitlines(), dict(zip(parts[1::2], map(str.strip, parts[2::2]), strict=True))
 
     return planned
-
-
-@pytest.fixture
-def refined(refined_root, tmp_path, monkeypatch):
-    """A copy of a refined project that is this test's own."""
-    root = tmp_path / "root"
-    shutil.copytree(refined_root, root)
-    monkeypatch.setenv("MEDGEMMA_KOREAN_ROOT", str(root))
-    return RunPaths.of("tiny", "data/sample")
 
 
 def record(path: Path, program: str, *, inputs=None, settings=None, **more):

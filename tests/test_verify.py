@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import shutil
 
 import pytest
 
@@ -16,15 +15,6 @@ from medgemma_korean.stage import Stage, check_outputs, read_record, record_besi
 @pytest.fixture
 def verify(load_program):
     return load_program("verify")
-
-
-@pytest.fixture
-def refined(refined_root, tmp_path, monkeypatch):
-    """A copy of a refined project that is this test's own."""
-    root = tmp_path / "root"
-    shutil.copytree(refined_root, root)
-    monkeypatch.setenv("MEDGEMMA_KOREAN_ROOT", str(root))
-    return RunPaths.of("tiny", "data/sample")
 
 
 @pytest.fixture

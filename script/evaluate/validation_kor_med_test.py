@@ -340,10 +340,7 @@ def write_failed(
     items: Sequence[Mapping[str, Any]],
 ) -> None:
     """`failed_questions.json`: the looks, and the ten questions that fail most often over them."""
-    looks = [
-        (step, {r["id"]: r["predicted"] for r in results[name]["predictions"] if r["predicted"] != r["gold"]})
-        for name, (_, step) in found.items()
-    ]
+    looks = [(step, mcq.wrong(results[name]["predictions"])) for name, (_, step) in found.items()]
     failed = mcq.failed_questions(looks, items)
     about = [
         {"step": step, "adapter": show(candidate.adapter), "accuracy": results[name]["mcq"]["accuracy"]}

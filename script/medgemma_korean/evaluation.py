@@ -638,7 +638,7 @@ def dev_look(
         "lower": score["lower"],
         "upper": score["upper"],
         "loss": sum(losses) / len(losses) if losses else math.inf,
-        "wrong": {row["id"]: row["predicted"] for row in predictions if row["predicted"] != row["gold"]},
+        "wrong": mcq.wrong(predictions),
         **({"predicted": score["predicted"]} if histogram else {}),
     }
 

@@ -515,12 +515,17 @@ def vote(options: Sequence[str | None]) -> str | None:
 PREVIEW = 80  # characters
 
 
+def wrong(predictions: Sequence[Mapping[str, Any]]) -> dict[str, str | None]:
+    """The letter predicted for each item that failed, by its id."""
+    return {row["id"]: row["predicted"] for row in predictions if row["predicted"] != row["gold"]}
+
+
 def failed_questions(
     looks: Sequence[tuple[int, Mapping[str, str | None]]], items: Sequence[Mapping[str, Any]], most: int = 10
 ) -> list[dict[str, Any]]:
     """The questions that fail most often over the looks at one training, in the order of steps.
 
-    looks: (step, the letter predicted for each item that failed, by id).
+    looks: (step, `wrong` at that step).
 
     Returns at most `most` of {"question_id", "fail_count", "expected", "last_predicted" (None: no letter),
     "question_preview", "last_failed_step"}: most failures first, of equals the one that failed last, then by id. Both

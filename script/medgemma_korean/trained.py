@@ -48,10 +48,7 @@ PROBED = {"train_00": "00", "train_01": "01", "train_02": "02", "loop": "02"}  #
 
 def share(text: str) -> float:
     """argparse type: a number from 0 to below 1."""
-    try:
-        value = float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
+    value = cli.real_number(text)
     if not 0 <= value < 1:
         raise argparse.ArgumentTypeError(f"{text} is not a share from 0 to below 1")
     return value
