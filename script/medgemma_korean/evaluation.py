@@ -105,13 +105,9 @@ class Candidate:
         return records.digest_of([files, record.get("fingerprint"), adapter])[:16]
 
 
-def candidates(paths: RunPaths, wanted: Sequence[str] | None = None) -> list[Candidate]:
-    """The models of those names (base extended 00 01 merged 02 loop), folders or hub ids; by default all of the run's.
-
-    A folder is a trained one, an adapter inside one, one with base/ and adapter/, or a base. A hub id is fetched where
-    it is not here. Raises PipelineError naming every model that is not there.
-    """
-    named = {
+def run_folders(paths: RunPaths) -> dict[str, Path]:
+    """Where each model of a run lies, whether it is there or not, in the order of the chain."""
+    return {
         "base": paths.raw_model,
         "extended": paths.raw_lora_added,
         "00": paths.trained_00,
@@ -120,6 +116,15 @@ def candidates(paths: RunPaths, wanted: Sequence[str] | None = None) -> list[Can
         "02": paths.trained_02,
         "loop": paths.loop,
     }
+
+
+def candidates(paths: RunPaths, wanted: Sequence[str] | None = None) -> list[Candidate]:
+    """The models of those names (base extended 00 01 merged 02 loop), folders or hub ids; by default all of the run's.
+
+    A folder is a trained one, an adapter inside one, one with base/ and adapter/, or a base. A hub id is fetched where
+    it is not here. Raises PipelineError naming every model that is not there.
+    """
+    named = run_folders(paths)
     found: dict[str, Candidate] = {}
     problems = []
     for name in wanted or named:

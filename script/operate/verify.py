@@ -69,17 +69,13 @@ def problems_of(record_path: Path, paths: RunPaths) -> list[str]:
 
 def evaluations(paths: RunPaths) -> dict[str, Path]:
     """Model, as `evaluation.candidates` takes it -> the file with its scores, where both are there."""
-    found = {
-        "base": (paths.raw_model, paths.scores("base")),
-        "extended": (paths.raw_lora_added, paths.scores("extended")),
-        "00": (paths.trained_00, paths.trained_00 / "evaluation.json"),
-        "01": (paths.trained_01, paths.trained_01 / "evaluation.json"),
-        "merged": (paths.another_lora_added, paths.scores("merged")),
-        "02": (paths.trained_02, paths.trained_02 / "evaluation.json"),
-        "loop": (paths.loop, paths.loop / "evaluation.json"),
-    }
+    from medgemma_korean import evaluation, report
+
+    folders, files = evaluation.run_folders(paths), report.evaluation_files(paths)
     return {
-        name: file for name, (folder, file) in found.items() if (folder / "stage.json").is_file() and file.is_file()
+        name: files[name]
+        for name, folder in folders.items()
+        if (folder / "stage.json").is_file() and files[name].is_file()
     }
 
 
@@ -152,7 +148,7 @@ def check_models(profile: ModelProfile, paths: RunPaths) -> list[str]:
     modeling.set_up_torch(SEED)
     found = []
     for name, file in files.items():
-        title = f"model {Path(name).parent.name if '/' in name else name}"
+        title = f"model {name}"
         try:
             (candidate,) = evaluation.candidates(paths, [name])
             problems, done = check_model(candidate, file, profile, paths)
