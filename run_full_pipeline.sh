@@ -151,7 +151,9 @@ fi
 if [[ $mode == background ]]; then
   arguments=()
   for argument in "${given[@]}"; do [[ $argument == --background ]] || arguments+=("$argument"); done
-  setsid nohup "$BASH" "$project/run_full_pipeline.sh" "${arguments[@]}" < /dev/null > /dev/null 2>> "$log" &
+  # A shell's background jobs ignore SIGINT for good, unless what starts them sets it back.
+  heed='import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); os.execv(sys.argv[1], sys.argv[1:])'
+  setsid nohup "$python" -c "$heed" "$BASH" "$project/run_full_pipeline.sh" "${arguments[@]}" < /dev/null > /dev/null 2>> "$log" &
   driver=$!
   exec 9>&-
   # It has begun when it has written its pid; a start that fails says why in the log.

@@ -123,6 +123,16 @@ def test_a_signal_to_the_driver(paths, begin, number):
     assert_interrupted(paths)
 
 
+def test_a_background_run_heeds_ctrl_c_too(paths):
+    """Bash lets a job that it starts behind ignore SIGINT."""
+    assert drive("--background", "--to", "download").returncode == 0
+    downloading(paths)
+    driver = int(paths.pid.read_text())
+    os.kill(driver, signal.SIGINT)
+    wait_for(lambda: not progress.is_alive(driver))
+    assert_interrupted(paths)
+
+
 def test_a_signal_to_the_whole_group(paths, begin):
     driver = begin("--to", "download", start_new_session=True)
     downloading(paths)
@@ -355,6 +365,7 @@ class OutOfMemoryError(RuntimeError):
         (RuntimeError("CUDA error: device-side assert triggered"), 2, "the GPU failed", "same command continues"),
         (RuntimeError("CUDA driver initialization failed"), 2, "the GPU failed", "nvidia-smi"),
         (RuntimeError("CUDA error: out of memory"), 2, "out of memory", "--micro-batch"),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when"), 2, "out of memory (CUDA", "--micro-batch"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 2, "out of memory", "--micro-batch"),
         (RuntimeError("PytorchStreamWriter failed writing file data/0"), 2, "no space left", "free some"),
         (Exception("I/O error: No space left on device (os error 28)"), 2, "no space left", "free some"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import logging
 import re
@@ -241,6 +242,24 @@ def test_an_event_is_whole_or_not_there(paths, monkeypatch):
     with pytest.raises(OSError, match="No space"):
         progress.event(paths, "one", step=3)
     assert paths.metrics.read_bytes() == before
+
+
+def test_an_event_waits_for_the_line_that_another_process_is_writing(paths):
+    progress.event(paths, "one", step=1)
+    with open(paths.metrics, "ab", buffering=0) as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        file.write(b'{"program": "two", ')
+        waiting = threading.Thread(target=progress.event, args=(paths, "one"), kwargs={"step": 2})
+        waiting.start()
+        waiting.join(0.2)
+        assert waiting.is_alive()
+        file.write(b'"step": 1}\n')
+    waiting.join()
+    assert [(e["program"], e["step"]) for e in map(json.loads, lines_of(paths.metrics))] == [
+        ("one", 1),
+        ("two", 1),
+        ("one", 2),
+    ]
 
 
 def test_logging_of_a_library_with_a_traceback_does_not_pass_the_mask(paths):

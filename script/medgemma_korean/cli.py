@@ -382,10 +382,17 @@ GPU_ADVICE = (
 # safetensors, tokenizers and torch have errors of their own for what the system said.
 DISK_FULL = re.compile(r"No space left on device|Disk quota exceeded|PytorchStreamWriter failed writing")
 DENIED = re.compile(r"Read-only file system|Permission denied|Operation not permitted")
-# Out of main memory, in the words of torch's allocator and of its data loader.
-MEMORY_FAULT = re.compile(
-    r"can't allocate memory|DataLoader worker .* killed by signal: Killed|CUDA error: out of memory"
-)
+# Out of memory in the words of torch's CPU allocator, and of CUDA where it is not torch's allocator that asks for it.
+MEMORY_FAULT = re.compile(r"can't allocate memory|CUDA error: out of memory|CUBLAS_STATUS_ALLOC_FAILED")
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory did not suffice: Python's, torch's of a card, or one of the words above."""
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or (isinstance(error, RuntimeError) and bool(MEMORY_FAULT.search(str(error))))
+    )
 
 
 def explain(error: Exception) -> tuple[int, str, str]:
@@ -396,8 +403,9 @@ def explain(error: Exception) -> tuple[int, str, str]:
     first = text.splitlines()[0] if text else ""
     if isinstance(error, PipelineError):
         return error.exit_code, text, ""
-    if isinstance(error, MemoryError):
-        return EXIT_INPUT, "out of memory", MEMORY_ADVICE
+    if out_of_memory(error):
+        where = "GPU memory" if type(error).__name__ == "OutOfMemoryError" else "memory"
+        return EXIT_INPUT, f"out of {where}" + (f" ({first})" if first else ""), MEMORY_ADVICE
     if isinstance(error, OSError):
         place = error.filename or Path.cwd()
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -410,10 +418,6 @@ def explain(error: Exception) -> tuple[int, str, str]:
             )
         if error.errno in (errno.EIO, errno.ELOOP, errno.ENAMETOOLONG, errno.ESTALE):
             return EXIT_INPUT, f"{place}: {error.strerror}", ""
-    elif type(error).__name__ == "OutOfMemoryError":
-        return EXIT_INPUT, f"out of GPU memory ({first})", MEMORY_ADVICE
-    elif isinstance(error, RuntimeError) and MEMORY_FAULT.search(text):
-        return EXIT_INPUT, f"out of memory ({first})", MEMORY_ADVICE
     elif type(error).__name__ == "AcceleratorError" or isinstance(error, RuntimeError) and GPU_FAULT.search(text):
         return EXIT_INPUT, f"the GPU failed ({first})", GPU_ADVICE
     elif DISK_FULL.search(text):

@@ -109,21 +109,26 @@ def _alone(paths: RunPaths) -> Iterator[int]:
         yield -1
         return
     try:
-        deadline = time.monotonic() + LOCK_PATIENCE
-        while time.monotonic() < deadline:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                time.sleep(0.01)
-            except OSError:
-                break
+        _lock(file)
         if os.fstat(file).st_size < RESERVE:
             with contextlib.suppress(OSError):
                 os.posix_fallocate(file, 0, RESERVE)
         yield file
     finally:
         os.close(file)
+
+
+def _lock(file: int) -> None:
+    """Take the lock of an open file, until it is closed; without it after LOCK_PATIENCE, or on a disk without locks."""
+    deadline = time.monotonic() + LOCK_PATIENCE
+    while time.monotonic() < deadline:
+        try:
+            return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            time.sleep(0.01)
+        except OSError:
+            return None
+    return None
 
 
 def update(
@@ -221,9 +226,13 @@ def event(paths: RunPaths, program: str, **values: Any) -> None:
 
 
 def _append(path: Path, line: bytes) -> None:
-    """Append in one write, which processes that append at once do not cut; undone where the disk took a part."""
+    """Append in one write, undone where the disk took a part.
+
+    Under a lock: the size of a file grows page by page, and another's write would look like a line cut off.
+    """
     file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
     try:
+        _lock(file)
         size = os.fstat(file).st_size
         if size and os.pread(file, 1, size - 1) != b"\n":  # of a writer that was killed
             line = b"\n" + line

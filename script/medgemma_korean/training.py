@@ -211,7 +211,7 @@ def train(
         try:
             return _train(model, tokenizer, plan, folder, profile, paths, stage, report_to, sharded, micro)
         except (MemoryError, RuntimeError) as error:
-            if not out_of_memory(error):
+            if not cli.out_of_memory(error):
                 raise
             why = str(error).splitlines()[0] if str(error) else type(error).__name__
         # Outside of the handler, where nothing holds the frames of the failed step any more.
@@ -227,13 +227,6 @@ def train(
             raise PipelineError(f"{stage.program}: out of memory in one of several processes; run the command again")
         modeling.free_memory()
         modeling.load_adapter_weights(model, start)
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory did not suffice: CUDA's, Python's, or the CPU allocator's of torch."""
-    return isinstance(error, MemoryError) or (
-        type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
-    )
 
 
 def _same_rows(plan: Plan, folder: Path, program: str) -> None:

@@ -47,7 +47,7 @@ from typing import Any
 
 import used_memory  # beside this file
 
-from medgemma_korean import batches, cli, memory, modeling, profiles, shapes, token_rows, training
+from medgemma_korean import batches, cli, memory, modeling, profiles, shapes, token_rows
 from medgemma_korean import tokenizer as tokenizers
 from medgemma_korean.memory import GB
 from medgemma_korean.profiles import ModelProfile
@@ -335,7 +335,7 @@ def alone(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     try:
         yield measure(variant, precision, dtype, device, autocast, args)
     except (MemoryError, RuntimeError) as error:
-        if not training.out_of_memory(error):
+        if not cli.out_of_memory(error):
             raise
         yield {"out_of_memory": str(error).splitlines()[0] if str(error) else type(error).__name__}
 
