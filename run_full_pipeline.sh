@@ -39,6 +39,7 @@ how
   --processes N        train on N cards; --shard divides the base between them, with bf16
   --force              redo what differs from its record; old results are kept as .previous
   --allow-regression   go on where a gate fails
+  --no-test            leave the test split closed, which the report else opens for what stage 02 made
 operation
   --background         return at once; the run goes on when you log out
   --status [--json]    how the run is going, or how it ended, why, and what to do
@@ -64,7 +65,7 @@ json=() now=()
 on_finish=
 run=()                                   # which run: every program takes these
 range=()                                 # for plan.py alone
-force=() regression=() device=() samples=() skip_01=() veterinary=()
+force=() regression=() device=() samples=() skip_01=() veterinary=() no_test=()
 epochs_00=() epochs_01=() epochs_02=() tokens=() precision=() launch=() shard=()
 given=("$@")
 
@@ -97,6 +98,7 @@ while (($#)); do
     --no-veterinary) veterinary=("$1") ;;
     --force) force=("$1") ;;
     --allow-regression) regression=("$1") ;;
+    --no-test) no_test=("$1") ;;
     --json) json=("$1") ;;
     --on-finish) on_finish=$2; shift ;;
     --stop) set_mode "$1"; [[ ${2-} != now ]] || { now=(now); shift; } ;;
@@ -297,8 +299,8 @@ stage add_lora_second model/add_lora.py --second "${device[@]}" "${precision[@]}
 # Stage 02: exam questions.
 stage train_02 train/train_02_kor_med_test.py "${device[@]}" "${training[@]}" "${regression[@]}" "${samples[@]}" "${epochs_02[@]}"
 
-# Write the report and print the final table.
-stage report evaluate/report.py
+# Write the report, the test split's scores among it, and print the final table.
+stage report evaluate/report.py "${device[@]}" "${no_test[@]}"
 
 [[ ! $stopping ]] || finish 130 "interrupted after the last stage; the same command continues"
 finish 0 "run $name: done"

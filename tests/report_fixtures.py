@@ -9,7 +9,7 @@ from typing import Any
 
 import torch_fixtures as tf
 
-from medgemma_korean import mcq, records, report
+from medgemma_korean import mcq, prompts, records, report
 from medgemma_korean.paths import RunPaths
 from medgemma_korean.stage import RECORD_NAME
 
@@ -129,15 +129,6 @@ def whole_run(name: str | None = None) -> RunPaths:
     validation = {
         "split": "test",
         "mode": "letter",
-        "test_looks": 3,
-        "contamination": {
-            "checked": 60,
-            "sources": {
-                "plain text": {"rows": 4321, "touched": list("abcdefg")},
-                "symbols": {"rows": 9, "touched": []},
-            },
-            "touched": list("abcdefg"),
-        },
         "models": {
             "base": {"mcq": score, "contamination": {"clean": clean, "touched": None}},
             "02": {
@@ -148,5 +139,17 @@ def whole_run(name: str | None = None) -> RunPaths:
         },
     }
     records.write_json(found.report / "validation" / "test-letter.json", validation)
-    records.write_json(found.report / "validation" / "contamination-test.json", {"checked": 60})
+    records.write_json(found.report / "test_looks.json", [{"mode": "letter"}] * 3)
+    texts: list[str] = []
+    for number, split in enumerate(("dev", "test"), 1):
+        items = [
+            {"id": str(i), "exam": "doctor", "question": f"{split} {i}번 환자의 가장 알맞은 다음 처치는 무엇인가?",
+             **{letter: f"{split}의 보기 {letter} {i * 7}" for letter in "ABCDE"}, "answer": "ABCDE"[i % 5]}
+            for i in range(60)
+        ]  # fmt: skip
+        records.write_jsonl(found.mcq / f"{split}.jsonl", items)
+        seen = [f"앞글 {item['question']}\n{prompts.options(item)} 뒷글" for item in items[: 7 * number]]
+        texts += seen
+    records.write_jsonl(found.plain_text / "train.jsonl", [{"text": text} for text in [*texts, "다른 글"]])
+    records.write_json(found.characters, [{"term": "℃", "definition": "섭씨 온도"}] * 9)
     return found

@@ -60,7 +60,7 @@ def test_help_is_quick_and_names_everything():
     assert done.returncode == 0
     options = "--model --data-dir --name --from --to --skip-00 --skip-01 --skip-02 --epochs-00 --epochs-01 --epochs-02"
     options += " --device --max-samples --force --allow-regression --background --status --json --stop --plan"
-    options += " --verify --no-veterinary --new-tokens --min-count --on-finish MEDGEMMA_KOREAN_OUTCOME"
+    options += " --verify --no-test --no-veterinary --new-tokens --min-count --on-finish MEDGEMMA_KOREAN_OUTCOME"
     for word in (*options.split(), *DRIVER_STAGES):
         assert word in done.stdout, word
 

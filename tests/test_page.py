@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+import types
 import urllib.parse
 from html.parser import HTMLParser
 
@@ -14,7 +15,7 @@ from report_fixtures import HOSTILE, NAMES, evaluation_of, whole_run
 from medgemma_korean import page, plots, progress, records, report
 from medgemma_korean.cli import PipelineError
 from medgemma_korean.paths import RunPaths
-from medgemma_korean.stage import RECORD_NAME
+from medgemma_korean.stage import RECORD_NAME, vouch
 
 
 class Parsed(HTMLParser):
@@ -192,16 +193,24 @@ def test_gates_samples_data_and_test_looks_are_told(paths):
     assert "looks at the test split: 3" in text
     training = {row[0]: row[-2:] for row in parsed.table("training")[1:]}
     assert training["train_00"] == ["1.25 GB", ""] and training["train_02"] == ["1.28 GB", "9.88 GB"]
-    assert parsed.table("questions", 3)[1:] == [["q<7>", "2", "B", "–", "20", "다음 중 <옳은> 것은?"]]
+    assert parsed.table("questions", 4)[1:] == [["q<7>", "2", "B", "–", "20", "다음 중 <옳은> 것은?"]]
     assert "over 3 looks at dev" in text
-    validation, contamination = parsed.table("questions", 1), parsed.table("questions", 2)
+    validation, contamination, apart = (parsed.table("questions", number) for number in (1, 2, 3))
     assert validation[0][6:] == [
         "거부 refused", "mean of rotations", "same option in all", "vote of rotations", "clean items",
     ]  # fmt: skip
     assert [row[5:] for row in validation[1:]] == [
         ["", "", "", "", "", "50.9% (37.9% to 64.0%)"], ["0.25", "4", "41.2%", "38.7%", "45.6%", ""],
     ]  # fmt: skip
-    assert [row[1:] for row in contamination[1:]] == [["4,321", "7"], ["9", "0"], ["", "7 of 60"]]
+    assert contamination[:3] == [
+        ["학습 자료 training text", "rows read", "dev items touched", "test items touched"],
+        ["plain text", "22", "7", "14"],
+        ["symbols", "9", "0", "0"],
+    ]
+    assert contamination[-1] == ["전체 all of it", "", "7 of 60", "14 of 60"]
+    # The first 12 items are right in the base's answers, and the first 7 are touched.
+    assert len(apart[1:]) == len(NAMES)
+    assert apart[1][1].startswith("9.4% (") and apart[1][2].startswith("100.0% (")
     assert "because <it> helps" in text and "1,024" in text
     assert ["learning_rate", "0.002", "0.003", "0.005"] in parsed.table("settings")
 
@@ -403,12 +412,52 @@ def test_the_page_of_two_runs_says_why_there_is_no_test(paths):
 
 def test_the_program_writes_the_page_and_says_when_it_is_complete(paths, real_images, load_program, capsys):
     main = load_program("report").main
-    assert main(["--model", "tiny"]) == 0
+    assert main(["--model", "tiny", "--no-test"]) == 0
     out = capsys.readouterr().out
     assert report.final_table(paths) in out and "index.html" in out and "gate train_01: FAILED" in out
     check_numbers(page.run_page(paths, tf.profile()), paths.report)
-    assert main(["--model", "tiny"]) == 0
+    assert main(["--model", "tiny", "--no-test"]) == 0
     assert "already complete" in capsys.readouterr().out
+
+
+def test_the_program_opens_the_test_split_once_for_the_same_models(paths, load_program, monkeypatch, capsys):
+    """What scores is stood in for: the end-to-end run has the real one."""
+    calls, now = [], {"base": "w0", "02": "w2"}
+    file = paths.report / "validation" / "test-letter.json"
+
+    def score(argv):
+        calls.append(argv)
+        found = records.read_json(file)
+        for name in now:
+            found["models"][name]["weights"] = now[name]
+        records.write_json(file, found)
+        vouch("x", [file], 0.0)
+
+    monkeypatch.setitem(sys.modules, "validation_kor_med_test", types.SimpleNamespace(main=score))
+    scored = types.SimpleNamespace
+    monkeypatch.setattr(
+        report.evaluation, "candidates", lambda _, names: [scored(weights=lambda n=n: now[n]) for n in names]
+    )
+    main = load_program("report").main
+    test, away = paths.mcq / "test.jsonl", paths.mcq / "away"
+    score([])  # as they are now
+    assert main(["--no-test"]) == 0 and main([]) == 0 and len(calls) == 1
+    now["02"] = "trained anew"
+    test.rename(away)
+    assert main(["--no-test"]) == 0 and main([]) == 0 and len(calls) == 1
+    away.rename(test)
+    assert main(["--name", "tiny", "--force", "--device", "cpu"]) == 0
+    assert calls[1:] == [["--model", "tiny", "--name", "tiny", "--device", "cpu", "--final", "--models", "base", "02"]]
+    assert main([]) == 0 and len(calls) == 2
+
+    def fails(argv):
+        raise PipelineError("out of memory")
+
+    sys.modules["validation_kor_med_test"].main = fails
+    file.unlink()
+    with pytest.raises(PipelineError, match="out of memory\nfor the report without the test split: --no-test"):
+        main([])
+    capsys.readouterr()
 
 
 def test_the_program_compares_two_runs(paths, load_program, capsys):

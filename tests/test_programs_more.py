@@ -17,6 +17,7 @@ import pytest
 from medgemma_korean import cli, evaluation, profiles, records, training
 from medgemma_korean.cli import PipelineError
 from medgemma_korean.paths import RunPaths
+from medgemma_korean.stage import vouch
 from medgemma_korean.statistics import wilson
 
 SCRIPT = Path(__file__).parents[1] / "script"
@@ -301,9 +302,21 @@ def test_a_file_without_answers_is_refused(tmp_path, content):
 
 def test_looks_are_counted(empty_root):
     paths = RunPaths.of("tiny", "data/sample")
-    assert mcq_test.count_look(paths, models=["base"]) == 1
-    assert mcq_test.count_look(paths, models=["02"]) == 2
-    assert [entry["models"] for entry in records.read_json(paths.report / "test_looks.json")] == [["base"], ["02"]]
+    file, scores = paths.report / "test_looks.json", paths.report / "validation" / "test-letter.json"
+    assert mcq_test.count_look(paths, scores, models={"base": "a"}) == 1
+    assert mcq_test.count_look(paths, scores, models={"02": "b"}) == 2
+    # Broken off before a score was written, the same look goes on; of other weights it is another one.
+    assert mcq_test.count_look(paths, scores, models={"02": "b"}) == 2
+    assert mcq_test.count_look(paths, scores, models={"02": "c"}) == 3
+    records.write_json(scores, {})
+    vouch("x", [scores], 0.0)
+    assert mcq_test.count_look(paths, scores, models={"02": "c"}) == 4
+    assert [entry["models"] for entry in records.read_json(file)] == [{"base": "a"}, {"02": "b"}, *[{"02": "c"}] * 2]
+    file.write_text("[]" + " " * (file.stat().st_size - 2))
+    assert mcq_test.count_look(paths, scores, models={"02": "c"}) == 1
+    records.write_json(file, [{"models": {"02": "c"}}] * 2)
+    with pytest.raises(PipelineError, match="test_looks.json: not as it was written"):
+        mcq_test.count_look(paths, scores, models={"02": "c"})
 
 
 # on a chain of their own --------------------------------------------------------------------------------

@@ -1,12 +1,16 @@
 """Write the report of a run, or the comparison of two, and print its final table.
 
-Reads   every evaluation and stage record of the run, its progress, what refining counted
+Reads   every evaluation and stage record of the run, its progress, what refining counted, the text that training reads;
+        once stage 02 is complete its model and the base, to score them on the test split
 Writes  model/report/<name>/index.html (one file, nothing else is needed to read it), its figures as PNG, summary.json
+        model/report/<name>/validation/test-letter.json and test_looks.json, where the test split was opened
         with --compare: model/report/<B>/compare_<A>.html, .png, .json
 
     python script/evaluate/report.py --model tiny
     python script/evaluate/report.py --model tiny --beside tiny-base     # stage 00 of two runs on the same text
     python script/evaluate/report.py --model tiny --compare tiny other   # two runs, stage by stage
+
+The test split is opened once for what stage 02 made, and the look is counted; a report made again reads the scores.
 """
 
 from __future__ import annotations
@@ -15,13 +19,15 @@ import argparse
 import dataclasses
 import sys
 
-from medgemma_korean import cli, page, progress, report
+from medgemma_korean import cli, page, progress, records, report
 from medgemma_korean.cli import PipelineError, log
 from medgemma_korean.paths import RunPaths, show
+from medgemma_korean.stage import RECORD_NAME, read_record
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = cli.make_parser(__doc__)
+    parser = cli.make_parser(__doc__, device=True)
+    parser.add_argument("--no-test", action="store_true", help="leave the test split closed")
     which = parser.add_mutually_exclusive_group()
     which.add_argument(
         "--beside", nargs="+", default=[], metavar="RUN", help="show stage 00 of these runs beside that of this one"
@@ -49,6 +55,29 @@ def compare(paths: RunPaths, names: list[str]) -> int:
     return 0
 
 
+def open_test(args: argparse.Namespace, paths: RunPaths) -> bool:
+    """Score the base and the model of stage 02 on the test split; False where that was done with these models.
+
+    Raises PipelineError as `validation_kor_med_test` does.
+    """
+    record, test = read_record(paths.trained_02 / RECORD_NAME), paths.mcq / "test.jsonl"
+    if args.no_test or record is None or not test.is_file() or next(records.read_jsonl(test), None) is None:
+        return False
+    plain = "base_files" in record  # trained on a base of the user's own, and not on the run's
+    models = [str((paths.trained_02 / record["base_folder"]).resolve()) if plain else "base", "02"]
+    if report.test_scores_stand(paths, models):
+        return False
+    import validation_kor_med_test  # beside this file
+
+    run = [argument for argument in cli.shared_argv(args) if argument != "--force"]
+    try:
+        validation_kor_med_test.main([*run, "--final", "--models", *models])
+    except PipelineError as error:
+        raise PipelineError(f"{error}\nfor the report without the test split: --no-test") from None
+    cli.start_logging(paths, "report")
+    return True
+
+
 def main(argv: list[str] | None = None) -> int:
     args = make_parser().parse_args(argv)
     profile, paths = cli.resolve(args)
@@ -60,7 +89,9 @@ def main(argv: list[str] | None = None) -> int:
         raise PipelineError(
             f"{show(paths.report)}: nothing was scored yet; run: ./run_full_pipeline.sh --model {args.model}"
         )
-    made = page.run_page(paths, profile, others)
+    made = page.run_page(paths, profile, others)  # what is wrong with the run is found before the look
+    if open_test(args, paths):
+        made = page.run_page(paths, profile, others)
     file = paths.report / "index.html"
     if not page.write(made, file, paths.report / "summary.json"):
         log.info("report: already complete (%s)", show(file))

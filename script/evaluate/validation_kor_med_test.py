@@ -36,7 +36,7 @@ from medgemma_korean import batches, cli, contamination, evaluation, harness, mc
 from medgemma_korean.cli import PipelineError, log
 from medgemma_korean.paths import RunPaths, show
 from medgemma_korean.profiles import ModelProfile
-from medgemma_korean.stage import vouch
+from medgemma_korean.stage import vouch, vouched
 from medgemma_korean.statistics import wilson
 from medgemma_korean.ticker import Ticker
 
@@ -65,14 +65,20 @@ def label(split: str, args: argparse.Namespace) -> str:
     return "-".join(parts + (["checkpoints"] if args.failed_questions else []))
 
 
-def count_look(paths: RunPaths, **what: Any) -> int:
-    """Record a look at the test split before a score of it exists; returns how many there are by now."""
+def count_look(paths: RunPaths, scores: Path, **what: Any) -> int:
+    """Record a look at the test split before a score of it exists; returns how many there are by now.
+
+    scores: what the look will write. Where it is not there, the last look was broken off, and the same one goes on.
+    """
     file = paths.report / "test_looks.json"
     looks = records.read_json(file) if file.is_file() else []
-    if not isinstance(looks, list):
-        raise PipelineError(f"{show(file)}: not the list of looks at the test split; bring it back, or move it away")
+    if not isinstance(looks, list) or looks and not vouched(file):
+        raise PipelineError(f"{show(file)}: not as it was written; bring it back, or move it away to count anew")
+    if looks and not vouched(scores) and {**looks[-1], "time": None} == {"time": None, **records.read_back(what)}:
+        return len(looks)
     looks.append({"time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"), **what})
     records.write_json(file, looks)
+    vouch(PROGRAM, [file], 0.0)
     return len(looks)
 
 
@@ -348,6 +354,7 @@ def write_failed(
     ]
     file = paths.report / "failed_questions.json"
     records.write_json(file, {"split": "dev", "items": len(items), "looks": about, "questions": failed})
+    vouch(PROGRAM, [file], 0.0)
     lines = [
         [entry["question_id"], f"{entry['fail_count']} of {len(looks)}", entry["expected"],
          entry["last_predicted"] or "none", str(entry["last_failed_step"]), entry["question_preview"][:40]]
@@ -376,9 +383,11 @@ def main(argv: list[str] | None = None) -> int:
     first = earlier_answers(Path(args.against).expanduser(), items, asked) if args.against else None
     known = contamination.ledger(paths, split, whole, built=profile.tiny is not None)
     looks = None
+    file = validation_folder(paths) / f"{label(split, args)}.json"
     if args.final:
-        names = [candidate.name for candidate in candidates]
-        looks = count_look(paths, program=PROGRAM, models=names, mode=args.mode, exams=args.exams, limit=args.limit)
+        weights = {candidate.name: candidate.weights() for candidate in candidates}
+        how = {"mode": args.mode, "exams": args.exams, "limit": args.limit, "file": file.name}
+        looks = count_look(paths, file, program=PROGRAM, models=weights, **how)
         log.warning("look %d at the test split of run %s", looks, paths.name)
 
     of = len(chosen_items(whole, args.exams, None))
@@ -393,7 +402,6 @@ def main(argv: list[str] | None = None) -> int:
         "contamination": {key: known[key] for key in ("checked", "sources", "touched")},
         "models": {name: {k: v for k, v in found.items() if k != "predictions"} for name, found in results.items()},
     }
-    file = validation_folder(paths) / f"{label(split, args)}.json"
     records.write_json(file, summary)
     answers = [file.with_name(f"{file.stem}-{name}.jsonl") for name in results]
     vouch(PROGRAM, [file, *answers], time.monotonic() - begun)

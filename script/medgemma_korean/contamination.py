@@ -7,6 +7,7 @@ items instead of being trusted.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 from medgemma_korean import cli, mcq, prompts, records
 from medgemma_korean.cli import log
 from medgemma_korean.paths import RunPaths, show
+from medgemma_korean.stage import vouch, vouched
 from medgemma_korean.statistics import wilson
 
 _BATCH = 2000  # rows searched at once
@@ -72,16 +74,23 @@ def ledger(paths: RunPaths, split: str, items: Sequence[Mapping[str, Any]], buil
     found = sources_of(paths, built)
     now = {
         "items": records.digest_of([[item["id"], item["question"], prompts.options(item)] for item in items]),
-        "files": {show(s.file): [s.file.stat().st_size, s.file.stat().st_mtime_ns] for s in found},
+        "files": {show(s.file): _as_it_is(s.file) for s in found},
     }
     kept = paths.report / "validation" / f"contamination-{split}.json"
-    if kept.is_file() and (known := records.read_object(kept, repair="remove it")).get("of") == now:
+    if vouched(kept) and (known := records.read_object(kept)).get("of") == now:
         return known
+    begun = time.monotonic()
     log.info("looking for the %s questions in %s of training text", split, cli.count(len(found), "file"))
     result = {"of": now, "split": split, "checked": len(items), "sources": _search(found, items)}
     result["touched"] = sorted({i for source in result["sources"].values() for i in source["touched"]})
     records.write_json(kept, result)
+    vouch("contamination", [kept], time.monotonic() - begun)
     return result
+
+
+def _as_it_is(file: Path) -> dict[str, int]:
+    stat = file.stat()
+    return {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
 
 
 def _search(found: Sequence[TrainingSource], items: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:

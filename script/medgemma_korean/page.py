@@ -19,7 +19,7 @@ from typing import Any
 from medgemma_korean import cli, mcq, plots, progress, records, report
 from medgemma_korean.paths import RunPaths
 from medgemma_korean.profiles import ModelProfile
-from medgemma_korean.stage import RECORD_NAME, check_outputs, read_record, record_beside, vouch
+from medgemma_korean.stage import RECORD_NAME, read_record, vouch, vouched
 
 TEMPLATES = Path(__file__).parent / "templates"
 NOT_A_DEVICE = (
@@ -216,6 +216,8 @@ def run_page(paths: RunPaths, profile: ModelProfile, others: Sequence[RunPaths] 
         training_figures=(training_figures := _training_figures(sources, profile, found)),
         exams=_exams(found),
         exam_figures=(exam_figures := _exam_figures(sources.problems, found)),
+        contamination=_contamination(derived),
+        looks=derived.number("count", "test_looks"),
         validations=_validations(sources),
         extension=_extension(sources),
         beside=Table(report.BESIDE, _texts(derived, "beside")) if others else None,
@@ -483,9 +485,8 @@ def _exam_figures(problems: list[str], found: Mapping[str, Source]) -> list[Figu
 
 
 def _validations(sources: _Sources) -> list[dict[str, Any]]:
-    """The scores that `validation_kor_med_test` left: a table a file, and how much of the split training has read."""
+    """The scores that `validation_kor_med_test` left, a table a file."""
     tables = []
-    told: set[str] = set()  # splits whose contamination stands on the page: it is the same for every call
     for file in sorted((sources.paths.report / "validation").glob("*.json")):
         source = sources.of(file)
         models = source.content.get("models") if isinstance(source.content, dict) else None
@@ -496,11 +497,8 @@ def _validations(sources: _Sources) -> list[dict[str, Any]]:
                 "title": file.stem,
                 "table": _validation(source, models),
                 "outdated": [_name(name) for name in report.outdated(sources.paths, models)],
-                "looks": source.number("count", "test_looks") if source.content.get("test_looks") else None,
-                "contamination": None if (split := source.content.get("split", "")) in told else _contamination(source),
             }
         )
-        told.add(split)
     return tables
 
 
@@ -553,21 +551,32 @@ def _validation(source: Source, models: Mapping[str, Any]) -> Table:
     return Table(head, rows)
 
 
-def _contamination(source: Source) -> Table | None:
-    """Items of the split that stand in the text that training reads, by source."""
-    known = source.content.get("contamination")
-    if not isinstance(known, dict) or not isinstance(known.get("sources"), dict):
-        return None
-    keys = ("contamination", "sources")
-    rows = [
-        [name, *(source.number("count", *keys, name, key) for key in ("rows", "touched"))] for name in known["sources"]
+def _contamination(derived: Source) -> list[Table]:
+    """Exam items that stand in the text that training reads, by source, and every model's accuracy without them."""
+    known = derived.at("contamination")
+    if not known:
+        return []
+    whole = known.get("dev") or known["test"]
+    rows: list[list[Any]] = []
+    for name in whole["sources"]:
+        split = "dev" if "dev" in known else "test"
+        cells = [derived.number("count", "contamination", split, "sources", name, "rows")]
+        cells += [derived.number("count", "contamination", split, "sources", name, "touched") for split in known]
+        rows.append([name, *cells])
+    together = [
+        Markup(f"{derived.number('count', *keys, 'touched')} of {derived.number('count', *keys, 'checked')}")
+        for keys in (("contamination", split) for split in known)
     ]
-    together = [source.number("count", "contamination", key) for key in ("checked", "touched")]
-    total = Markup(f"{together[1]} of {together[0]}")
-    return Table(
-        ["오염 contamination, by source", "rows read", "items touched"],
-        [*rows, ["all sources, of the items checked", "", total]],
-    )
+    head = ["학습 자료 training text", "rows read", *(f"{split} items touched" for split in known)]
+    tables = [Table(head, [*rows, ["전체 all of it", "", *together]])]
+    if models := known.get("dev", {}).get("models"):
+        keys = ("contamination", "dev", "models")
+        lines = [
+            [_name(name), *(derived.ranged(*keys, name, part) if parts[part] else "" for part in ("clean", "touched"))]
+            for name, parts in models.items()
+        ]
+        tables.append(Table(["모델 model", "clean dev items (95 % interval)", "touched dev items"], lines))
+    return tables
 
 
 def _extension(sources: _Sources) -> dict[str, Any] | None:
@@ -739,7 +748,7 @@ def write(page: Page, file: Path, cited: Path) -> bool:
     begun = time.monotonic()
     images = {file.parent / name: content for name, content in page.images.items()}
     same = (
-        not _altered(record_beside(file))
+        vouched(file)
         and file.is_file()
         and file.read_text(encoding="utf-8") == page.html
         and cited.is_file()
@@ -756,11 +765,3 @@ def write(page: Page, file: Path, cited: Path) -> bool:
     records.write_text(file, page.html)
     vouch("report", [file, cited, *images], time.monotonic() - begun)
     return True
-
-
-def _altered(record: Path) -> bool:
-    """Whether a page has no sound record; it is then written anew."""
-    try:
-        return read_record(record) is None or bool(check_outputs(record))
-    except cli.PipelineError:
-        return True

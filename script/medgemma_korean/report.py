@@ -11,12 +11,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from medgemma_korean import cli, evaluation, mcq, records, statistics
+from medgemma_korean import cli, contamination, evaluation, mcq, records, statistics
 from medgemma_korean.cli import PipelineError
 from medgemma_korean.paths import RunPaths, show
 from medgemma_korean.profiles import ModelProfile
 from medgemma_korean.sources import BY_KEY
-from medgemma_korean.stage import RECORD_NAME, read_record
+from medgemma_korean.stage import RECORD_NAME, read_record, vouched
 
 NOT_A_DEVICE = (
     "This model is a research artefact. It is not a medical device, must not be used for diagnosis or treatment, and "
@@ -181,6 +181,50 @@ def outdated(paths: RunPaths, models: Mapping[str, Mapping[str, Any]]) -> list[s
         if now.weights() != result["weights"]:
             found.append(name)
     return found
+
+
+# the exam questions ---------------------------------------------------------------------------------------
+
+SPLITS = ("dev", "test")
+
+
+def test_scores_stand(paths: RunPaths, models: Sequence[str]) -> bool:
+    """Whether the report's own scores of the test split are there, of these models as they are now."""
+    file = paths.report / "validation" / "test-letter.json"
+    if not vouched(file):
+        return False
+    known = records.read_object(file, "models", repair="move it away")["models"]
+    return known.keys() >= set(models) and not set(outdated(paths, known)) & set(models)
+
+
+def test_looks(paths: RunPaths) -> int:
+    """How often the test split was opened in this run."""
+    file = paths.report / "test_looks.json"
+    return len(records.read_json(file)) if file.is_file() else 0
+
+
+def contaminated(
+    paths: RunPaths, profile: ModelProfile, found: Mapping[str, Mapping[str, Any]]
+) -> dict[str, dict[str, Any]]:
+    """For each split that is there, its items that stand in the training text: {"checked", "sources", "touched"}.
+
+    dev also has "models": each model's accuracy on clean and on touched items (`contamination.accuracies`).
+    """
+    result: dict[str, dict[str, Any]] = {}
+    for split in SPLITS:
+        file = paths.mcq / f"{split}.jsonl"
+        if not file.is_file() or not (items := mcq.read_items(file, also=("id",))):
+            continue
+        known = contamination.ledger(paths, split, items, built=profile.tiny is not None)
+        result[split] = {key: known[key] for key in ("checked", "sources", "touched")}
+    if "dev" in result:
+        touched = result["dev"]["touched"]
+        result["dev"]["models"] = {
+            name: contamination.accuracies(scores["predictions"], touched)
+            for name, scores in found.items()
+            if scores.get("predictions")
+        }
+    return result
 
 
 # the extension -------------------------------------------------------------------------------------------
@@ -432,4 +476,6 @@ def summary(paths: RunPaths, profile: ModelProfile, others: Sequence[RunPaths] =
         "extension": extension(paths),
         "rationales": rationale_line(paths),
         "beside": beside([paths, *others]) if others else [],
+        "contamination": contaminated(paths, profile, found),
+        "test_looks": test_looks(paths),
     }

@@ -661,6 +661,15 @@ def vouch(program: str, files: list[Path], seconds: float) -> None:
     records.write_sealed(record_path, record)
 
 
+def vouched(file: Path) -> bool:
+    """Whether a file has a record of `vouch`, and is as that says."""
+    record = record_beside(file)
+    try:
+        return read_record(record) is not None and not check_outputs(record)
+    except PipelineError:
+        return False
+
+
 def _locked(path: Path) -> int | None:
     """A descriptor that holds the lock file; None while another process has it, -1 where a disk knows no locks."""
     while True:

@@ -221,7 +221,9 @@ def _copied_at_each_stage(attempt: Attempt, root: Path, folder: Path) -> dict[st
 # Times, trainer state and logs are not compared; nor what is kept aside, nor pictures, which the page's numbers make.
 _NOT_COMPARED = ("runs",)
 _NOT_COMPARED_STARTS = ("checkpoint-", "rejected-checkpoint-")
-_OF_TIME = ("seconds", "finished", "versions", "mtime_ns", "seal", "peak_memory", "resumed")
+_OF_TIME = ("seconds", "finished", "versions", "mtime_ns", "time", "seal", "peak_memory", "resumed")
+# Of the report what is compared by content: it holds times.
+_TIMED = ("summary.json", "test_looks.json", "contamination-dev.json", "contamination-test.json")
 
 
 def _compared(parts: tuple[str, ...]) -> bool:
@@ -249,7 +251,7 @@ def artefacts(root: Path) -> dict[str, Any]:
                 found[str(name)] = "there"
             elif file.name == "stage.json" or ".stages" in name.parts:
                 found[str(name)] = _record(file)
-            elif file.name == "summary.json":
+            elif file.name in _TIMED:
                 found[str(name)] = without_times(json.loads(file.read_text()))
             else:
                 found[str(name)] = hashlib.sha256(file.read_bytes()).hexdigest()
@@ -264,7 +266,7 @@ def _record(file: Path) -> Any:
 
 def without_hash_of_records(hashes: dict[str, str]) -> dict[str, str]:
     """Without the hashes of what holds times: records, the report's page and what it cites, pictures of it."""
-    times = ("stage.json", "summary.json", ".html", ".png")
+    times = ("stage.json", *_TIMED, ".html", ".png")
     return {name: digest for name, digest in hashes.items() if not name.endswith(times)}
 
 
