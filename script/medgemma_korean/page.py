@@ -569,7 +569,8 @@ def _contamination(derived: Source) -> list[Table]:
     ]
     head = ["학습 자료 training text", "rows read", *(f"{split} items touched" for split in known)]
     tables = [Table(head, [*rows, ["전체 all of it", "", *together]])]
-    if models := known.get("dev", {}).get("models"):
+    if known.get("dev", {}).get("touched"):  # else every item is clean, and the chain has the accuracies
+        models = known["dev"]["models"]
         keys = ("contamination", "dev", "models")
         lines = [
             [_name(name), *(derived.ranged(*keys, name, part) if parts[part] else "" for part in ("clean", "touched"))]
