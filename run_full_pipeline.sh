@@ -193,6 +193,17 @@ on_signal() {
   [[ -z $child ]] || kill -TERM "$child" 2> /dev/null || true
 }
 
+told() {  # run the command of --on-finish; what it prints goes to the log as a program's words do, secrets masked
+  local output result=0
+  output=$(mktemp) || output=/dev/null
+  MEDGEMMA_KOREAN_OUTCOME=$outcome MEDGEMMA_KOREAN_CODE=$code MEDGEMMA_KOREAN_RUN=$name \
+    MEDGEMMA_KOREAN_LAST_STAGE=$last_stage MEDGEMMA_KOREAN_MESSAGE=$message${why:+: $why} MEDGEMMA_KOREAN_LOG=$log \
+    timeout --kill-after=5 60 "$BASH" -c "$on_finish" < /dev/null > "$output" 2>&1 || result=$?
+  note words < "$output"
+  [[ $output == /dev/null ]] || rm -f "$output"
+  [[ $result == 0 ]] || say "warning: the command of --on-finish ended with exit code $result"
+}
+
 # shellcheck disable=SC2329   # the trap calls it
 at_end() {
   local code=$? outcome=failed
@@ -200,13 +211,10 @@ at_end() {
   trap : TERM INT HUP   # a handler that does nothing, unlike an ignored signal, is not passed on to the command below
   case $code in 0) outcome="done" ;; 3) outcome=gate ;; 130) outcome=interrupted ;; esac
   [[ ! $heart ]] || kill "$heart" 2> /dev/null || true
-  (trap '' TERM INT HUP; note end --stage "$last_stage" --code "$code" --message "$message") || true
-  rm -f "$pid" || true   # a failure here would be the exit code of the run
+  (trap '' TERM INT HUP; note end --pid $$ --stage "$last_stage" --code "$code" --message "$message") || true
+  [[ $(cat "$pid" 2> /dev/null) != "$$" ]] || rm -f "$pid" || true   # a failure here would be the exit code of the run
   exec 9>&-   # the command may start the next run
-  [[ ! $on_finish ]] || MEDGEMMA_KOREAN_OUTCOME=$outcome MEDGEMMA_KOREAN_CODE=$code MEDGEMMA_KOREAN_RUN=$name \
-    MEDGEMMA_KOREAN_LAST_STAGE=$last_stage MEDGEMMA_KOREAN_MESSAGE=$message${why:+: $why} MEDGEMMA_KOREAN_LOG=$log \
-    timeout --kill-after=5 60 "$BASH" -c "$on_finish" < /dev/null >> "$log" 2>&1 ||
-    say "warning: the command of --on-finish ended with exit code $?"
+  [[ ! $on_finish ]] || told || true
   exit "$code"
 }
 
@@ -235,7 +243,11 @@ stage() {  # NAME PROGRAM [ARGUMENT...]: run one stage, unless it is skipped or 
   wait "$child" || code=$?
   # A signal ends `wait` early, with a code of its own; the stage's own code is had when it is gone.
   while kill -0 "$child" 2> /dev/null; do wait "$child" || true; done
-  [[ ! $stopping ]] || { code=0; wait "$child" || code=$?; }
+  if [[ $stopping ]]; then
+    # A signal that comes just when bash reaps the child makes it forget that: it would wait for the heart, for ever.
+    code=130
+    [[ $'\n'$(jobs -rp)$'\n' == *$'\n'$child$'\n'* ]] || { code=0; wait "$child" || code=$?; }
+  fi
   # A program that was killed, or interrupted while it started another one, could not end what it had begun.
   ((code == 0)) || kill -KILL -- "-$child" 2> /dev/null || true
   child=

@@ -5,6 +5,7 @@ import errno
 import json
 import os
 import pty
+import re
 import shutil
 import signal
 import subprocess
@@ -142,6 +143,41 @@ def test_a_signal_to_the_whole_group(paths, begin):
     assert_interrupted(paths)
 
 
+def copy_of_the_driver(folder: Path) -> Path:
+    for name in ("script", ".venv"):
+        (folder / name).symlink_to(REPOSITORY / name)
+    return shutil.copy(DRIVER, folder / DRIVER.name)
+
+
+@pytest.mark.parametrize("times", [5, pytest.param(2 * REPEATS, marks=pytest.mark.full)])
+def test_signals_to_the_driver_and_its_stage_at_once(paths, begin, tmp_path, times):
+    """As `systemctl stop` and `pkill` do: bash may reap the stage while its trap runs. The stage is one that dies at
+    once, which makes that likely.
+    """
+    copy = copy_of_the_driver(tmp_path)
+    text, changed = re.subn(
+        r'setsid "\$python" "\$\{several.*&$', "setsid sleep 60 &", copy.read_text(), flags=re.MULTILINE
+    )
+    assert changed == 1
+    copy.write_text(text)
+    for _ in range(times):
+        driver = begin("--to", "download", program=copy)
+        wait_for(lambda: paths.holder.is_file() and run_of(paths)["stage"] == "download")
+        stage = wait_for(lambda: [p for p in progress.lock_holders(paths) if b"sleep" in command_of(p)])[0]
+        os.kill(stage, signal.SIGTERM)
+        driver.send_signal(signal.SIGTERM)
+        driver.communicate(timeout=60)
+        assert driver.returncode == 130
+        assert_interrupted(paths)
+
+
+def command_of(pid: int) -> bytes:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return b""
+
+
 def in_a_terminal(*arguments: str) -> tuple[int, int]:
     """(pid, the terminal's other side) of a driver that leads the session of a terminal."""
     pid, terminal = pty.fork()
@@ -183,10 +219,7 @@ def test_a_terminal_that_closes_does_not_end_a_background_run(paths):
 
 def test_a_driver_that_is_edited_while_it_runs(paths, begin, tmp_path):
     """Bash reads a script bit by bit, and an update of the project may come in the middle of a run."""
-    for name in ("script", ".venv"):
-        (tmp_path / name).symlink_to(REPOSITORY / name)
-    copy = tmp_path / DRIVER.name
-    shutil.copy(DRIVER, copy)
+    copy = copy_of_the_driver(tmp_path)
     driver = begin("--from", "refine", "--to", "prepare_tokenizer", "--skip-01", program=copy)
     wait_for(lambda: paths.log.is_file() and "== refine" in paths.log.read_text())
     copy.write_text("exit 99 '\n" * 2000)
@@ -237,7 +270,7 @@ def test_a_stage_that_is_killed_says_why_and_what_to_do(paths, begin):
     shown = drive("--status").stdout
     assert entry["cause"] in shown and entry["advice"] in shown and "last run: failed" in shown
     lines = paths.log.read_text().splitlines()
-    assert any(line.startswith("failed, stopped at download: its process was killed") for line in lines)
+    assert any(" on-finish: failed, stopped at download: its process was killed" in line for line in lines)
     assert lines[-1].endswith("warning: the command of --on-finish ended with exit code 7")
 
 
@@ -280,6 +313,55 @@ def test_a_killed_training_continues_with_the_same_command(paths):
 
 def note(load_program, *arguments: str) -> int:
     return load_program("note").main(list(arguments))
+
+
+def test_a_lock_file_that_was_deleted_lets_no_second_driver_in(paths, begin):
+    driver = begin("--to", "download")
+    downloading(paths)
+    progress.lock_file(paths).unlink()
+    second = drive("--to", "download")
+    assert second.returncode == 2
+    assert f"is at work already, pid {driver.pid}, though its lock file was deleted" in second.stderr
+    assert progress.driver_of(paths) == driver.pid and paths.pid.read_text() == f"{driver.pid}\n"
+    assert drive("--stop").returncode == 0
+    driver.communicate(timeout=60)
+    assert_interrupted(paths)
+
+
+def test_the_end_of_a_driver_leaves_another_ones_run_alone(paths):
+    progress.take(paths, os.getpid(), "x")
+    before = paths.holder.read_bytes()
+    progress.finish(paths, "done", "report", "", os.getppid())
+    assert paths.holder.read_bytes() == before and paths.pid.exists() and "run" not in progress.read_state(paths)
+    progress.finish(paths, "done", "report", "", os.getpid())
+    assert not paths.holder.exists() and not paths.pid.exists() and run_of(paths)["outcome"] == "done"
+
+
+def test_a_driver_of_a_machine_that_is_not_seen_counts_while_it_beats(paths, load_program, capsys):
+    """On a disk without locks; where there are some, the lock itself says whether it is at work."""
+    progress.take(paths, os.getpid(), "x")
+    held = records.read_json(paths.holder) | {"host": "gone-container", "started_ticks": 1}
+    records.write_json(paths.holder, held)
+    progress.draw(paths)
+    assert note(load_program, "holder") == 0
+    assert f"is at work already, pid {os.getpid()} on gone-container" in capsys.readouterr().out
+    then = time.time() - 400
+    os.utime(paths.progress, (then, then))
+    assert note(load_program, "holder") == 0 and capsys.readouterr().out == ""
+    assert note(load_program, "begin", "--pid", str(os.getpid()), "--stages", "report") == 0
+    assert "a stale lock is cleaned up" in capsys.readouterr().out
+
+
+def test_what_a_notifier_prints_is_masked_and_without_escape_codes(paths):
+    told = "echo 'Authorization: Bearer hf_AbCdEfGhIjKlMnOp'; printf '10 %%\\r\\033[31m20 %%\\n'; sleep 60 & exit 0"
+    done = drive("--from", "report", "--to", "report", "--on-finish", told)
+    assert done.returncode == 2  # nothing was scored
+    lines = paths.log.read_text().splitlines()
+    assert [line.split(" on-finish: ")[1] for line in lines if " on-finish: " in line] == [
+        "Authorization: ***",
+        "10 %",
+        "20 %",
+    ]
 
 
 def test_a_holder_is_known_by_pid_boot_and_start_time(paths):

@@ -142,6 +142,32 @@ def test_data_does_not_steer_a_terminal(paths, capsys):
     assert paths.log.read_text(encoding="utf-8").endswith(expected)
 
 
+# a log that is gone -------------------------------------------------------------------------------------
+
+
+def test_logs_that_are_moved_away_are_begun_anew(paths, capsys):
+    cli.start_logging(paths, "train_00_plain_text")
+    log.info("one")
+    paths.logs.rename(paths.logs.with_name("kept"))
+    log.info("two")
+    assert lines_of(paths.log) == [line for line in lines_of(paths.log) if line.endswith(": two")] != []
+    capsys.readouterr()
+
+
+def test_a_log_that_cannot_be_written_ends_nothing(paths, capfd):
+    cli.start_logging(paths, "train_00_plain_text")
+    paths.logs.rename(paths.logs.with_name("kept"))
+    paths.logs.write_text("a file where the folder was")
+
+    def main():
+        log.info("a line")
+        raise cli.PipelineError("the cause")
+
+    assert cli.run(main) == cli.EXIT_INPUT
+    out, err = capfd.readouterr()
+    assert out == "a line\nerror: the cause\n" and err == ""
+
+
 # size ---------------------------------------------------------------------------------------------------
 
 MOST = 20_000

@@ -228,9 +228,17 @@ class LogFile(logging.handlers.WatchedFileHandler):
     """
 
     def emit(self, record: logging.LogRecord) -> None:
-        with contextlib.suppress(OSError):  # a disk that is full or gone: emit has its own way to say so
-            roll(Path(self.baseFilename), LOG_BYTES, LOG_FILES)
-        super().emit(record)
+        """A line that finds no room, or no folder, is lost: no line of a log is worth a training."""
+        file = Path(self.baseFilename)
+        with contextlib.suppress(OSError):
+            file.parent.mkdir(parents=True, exist_ok=True)  # somebody may have moved the logs away
+            roll(file, LOG_BYTES, LOG_FILES)
+        with contextlib.suppress(OSError):  # where the file cannot be opened anew
+            super().emit(record)
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handleError(record)
 
 
 def roll(file: Path, most: int, kept: int) -> bool:
@@ -309,12 +317,25 @@ def start_logging(paths: RunPaths, program: str) -> None:
     terminal = logging.StreamHandler(sys.stdout)
     terminal.setFormatter(logging.Formatter("%(message)s"))
     file = LogFile(paths.log, encoding="utf-8")
-    file.setFormatter(logging.Formatter(f"%(asctime)s {program}: %(message)s", "%Y-%m-%d %H:%M:%S"))
+    file.setFormatter(_file_format(program))
     for handler in (terminal, file):
         handler.addFilter(_Mask())
         log.addHandler(handler)
     log.propagate = False
     quiet_libraries()
+
+
+def to_log(paths: RunPaths, program: str, line: str) -> None:
+    """Write one line to `logs/pipeline_<name>.log` alone, as `start_logging` would."""
+    handler = LogFile(paths.log, encoding="utf-8")
+    handler.setFormatter(_file_format(program))
+    handler.addFilter(_Mask())
+    handler.handle(logging.LogRecord(program, logging.INFO, "", 0, line, None, None))
+    handler.close()
+
+
+def _file_format(program: str) -> logging.Formatter:
+    return logging.Formatter(f"%(asctime)s {program}: %(message)s", "%Y-%m-%d %H:%M:%S")
 
 
 def quiet_libraries() -> None:

@@ -361,10 +361,14 @@ def take(paths: RunPaths, pid: int, command: str) -> None:
     records.write_text(paths.pid, f"{pid}\n")
 
 
-def release(paths: RunPaths) -> None:
-    """What the driver wrote when it began is gone."""
+def release(paths: RunPaths, pid: int | None = None) -> bool:
+    """What the driver wrote when it began is gone; False, and nothing is, where it was not written by `pid`."""
+    held = holder_of(paths)
+    if pid is not None and held and held["pid"] != pid:
+        return False
     paths.pid.unlink(missing_ok=True)
     paths.holder.unlink(missing_ok=True)
+    return True
 
 
 def holder_of(paths: RunPaths) -> dict[str, Any] | None:
@@ -407,9 +411,13 @@ def is_driver(pid: int) -> bool:
         return False
 
 
-def finish(paths: RunPaths, outcome: str, stage: str, message: str) -> None:
-    """The driver has ended, or will in a moment: nobody holds the run, and its outcome stands in the state."""
-    release(paths)
+def finish(paths: RunPaths, outcome: str, stage: str, message: str, pid: int | None = None) -> None:
+    """The driver has ended, or will in a moment: nobody holds the run, and its outcome stands in the state.
+
+    pid: the driver's. Nothing is changed where another one has the run by now.
+    """
+    if not release(paths, pid):
+        return
     with changing(paths) as whole:
         last = {"outcome": outcome, "ended": time.time(), "stage": stage, "message": message}
         whole["run"] = whole.get("run", {}) | last

@@ -8,6 +8,7 @@ Writes  logs/progress_<name>.{txt,json}, logs/pipeline_<name>.{pid,lock.json}
     python script/operate/note.py alive --pid $$                      # while that process lives
     python script/operate/note.py end --stage download --code 137 --message "stopped at download"
     python script/operate/note.py holder                              # who drives the run
+    python script/operate/note.py words < output                      # into the log
 """
 
 from __future__ import annotations
@@ -23,12 +24,22 @@ from medgemma_korean.paths import DRIVER_STAGES, RunPaths, show
 STATES = ("running", "complete", "skipped", "interrupted", "failed", "gate")
 OUTCOMES = {0: "done", 3: "gate", 130: "interrupted"}  # any other exit code: failed
 BEAT = 30.0  # seconds between two writings of the progress file
+SILENCE = 300.0  # seconds without a beat after which a driver on a machine that is not seen from here counts as gone
+LAST_WORDS = 200  # lines of what a command prints that go into the log
 JUST_BEGUN = 5.0  # seconds from a driver's lock to its name beside it, on a busy machine
 
 
 def begin(args: argparse.Namespace, paths: RunPaths) -> None:
-    """The caller has the lock: the run is its, and what another one left here is out of date."""
+    """The caller has the lock: the run is its, and what another one left here is out of date.
+
+    Raises PipelineError where the lock could be had because somebody deleted its file.
+    """
     if held := progress.holder_of(paths):
+        if progress.is_at_work(held) and held["pid"] != args.pid:
+            raise cli.PipelineError(
+                f"the run {paths.name} is at work already, pid {held['pid']}, though its lock file was deleted; "
+                "see --status, end it with --stop"
+            )
         why = progress.why_gone(held) or "it could not say that it ended"
         since = progress.moment(held["since"])
         print(f"a stale lock is cleaned up: pid {held['pid']}, which began {since}, is gone; {why}")
@@ -85,7 +96,15 @@ def alive(args: argparse.Namespace, paths: RunPaths) -> None:
 
 
 def end(args: argparse.Namespace, paths: RunPaths) -> None:
-    progress.finish(paths, OUTCOMES.get(args.code, "failed"), args.stage, args.message)
+    progress.finish(paths, OUTCOMES.get(args.code, "failed"), args.stage, args.message, args.pid)
+
+
+def words(args: argparse.Namespace, paths: RunPaths) -> None:
+    """Put what stands on stdin into the log alone, line by line, the last LAST_WORDS of it."""
+    said = sys.stdin.buffer.read().decode("utf-8", "replace")
+    lines = [line for line in said.replace("\r", "\n").split("\n") if line.strip()]
+    for line in lines[-LAST_WORDS:]:
+        cli.to_log(paths, "on-finish", line)
 
 
 def holder(args: argparse.Namespace, paths: RunPaths) -> None:
@@ -97,7 +116,7 @@ def holder(args: argparse.Namespace, paths: RunPaths) -> None:
             break
         time.sleep(0.1)
     held = progress.holder_of(paths)
-    if held and (progress.is_at_work(held) or progress.is_elsewhere(held)):
+    if held and (progress.is_at_work(held) or (progress.is_elsewhere(held) and (args.locked or beats(paths)))):
         since = progress.moment(held["since"])
         print(
             f"the run {paths.name} is at work already, pid {held['pid']} on {held['host']} since {since}; "
@@ -108,7 +127,12 @@ def holder(args: argparse.Namespace, paths: RunPaths) -> None:
         print(f"a stage of the run {paths.name} is still at work without its driver, pid {left}; end it with --stop")
 
 
-TASKS = {"begin": begin, "stage": stage, "alive": alive, "end": end, "holder": holder}
+def beats(paths: RunPaths) -> bool:
+    """Whether somebody has written the progress file of late. All that is known on a shared disk without locks."""
+    return paths.progress.is_file() and time.time() - paths.progress.stat().st_mtime < SILENCE
+
+
+TASKS = {"begin": begin, "stage": stage, "alive": alive, "end": end, "holder": holder, "words": words}
 
 
 def make_parser() -> argparse.ArgumentParser:

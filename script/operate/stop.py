@@ -58,6 +58,7 @@ def tell(pids: list[int]) -> None:
     for pid in pids:
         with contextlib.suppress(ProcessLookupError):  # it ended by itself just now
             os.kill(pid, signal.SIGTERM)
+            os.kill(pid, signal.SIGCONT)  # a driver that was stopped with Ctrl-Z hears nothing
 
 
 def kill(groups: list[int]) -> None:
