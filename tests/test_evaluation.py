@@ -118,6 +118,26 @@ def test_a_hub_id_a_base_and_what_is_none(monkeypatch, tmp_path):
         evaluation.checkpoints_of(tf.paths())
 
 
+def test_checkpoints_are_the_training_s_own(monkeypatch, tmp_path):
+    """Copies that a person put beside them are none, and take no step's place."""
+    paths, folder = tf.paths(), tmp_path / "run" / "trained"
+    link = evaluation.chain.Link("training", folder, tf.base_folder(), None, None, "")
+    monkeypatch.setattr(evaluation.chain, "of_folder", lambda *_: link)
+    for name in ("checkpoint-30", "checkpoint-9", "checkpoint-30-old", "checkpoint-backup", "checkpoint-", "final"):
+        records.write_text(folder / name / "adapter_model.safetensors", name)
+    (folder / "checkpoint-40").mkdir()  # without an adapter
+    records.write_json(folder / "training_info.json", {"best_step": 30})
+    found = evaluation.checkpoints_of(paths, str(folder))
+    assert [(candidate.adapter.name, step) for candidate, step in found.values()] == [
+        ("checkpoint-9", 9),
+        ("checkpoint-30", 30),
+    ]
+    assert [name for name in found] == [candidate.name for candidate, _ in found.values()]
+    records.write_json(folder / "training_info.json", {"best_step": 12})  # its checkpoint was not kept
+    steps = {step: candidate.adapter.name for candidate, step in evaluation.checkpoints_of(paths, str(folder)).values()}
+    assert list(steps.items()) == [(9, "checkpoint-9"), (12, "final"), (30, "checkpoint-30")]
+
+
 # bits per character -------------------------------------------------------------------------------------
 
 

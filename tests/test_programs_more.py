@@ -208,6 +208,7 @@ def test_items_and_names():
         ("--shots 5 --mode generate", "--shots goes with --mode harness"),
         ("--rotations 2 --mode harness", "--rotations goes with --mode letter or generate"),
         ("--failed-questions --final", "leave out --final"),
+        ("--failed-questions --models 01 02 01", "of one training; give one of --models 01 02$"),
     ],
 )
 def test_options_that_do_not_go_together(empty_root, argv, why):

@@ -212,12 +212,17 @@ def make_parser() -> argparse.ArgumentParser:
 
 def require_options(args: argparse.Namespace) -> None:
     """Raise PipelineError for options that do not go together, and for a harness that is not there."""
+    models = list(dict.fromkeys(args.models or ()))
     wrong = [
         ("--reasoning goes with --mode generate", args.reasoning and args.mode != "generate"),
         ("--max-new-tokens goes with --mode generate", args.max_new_tokens and args.mode != "generate"),
         ("--shots goes with --mode harness", args.shots and args.mode != "harness"),
         ("--rotations goes with --mode letter or generate", args.rotations > 1 and args.mode == "harness"),
         ("--failed-questions looks at dev alone; leave out --final", args.failed_questions and args.final),
+        (
+            f"--failed-questions counts over the checkpoints of one training; give one of --models {' '.join(models)}",
+            args.failed_questions and len(models) > 1,
+        ),
     ]
     if problems := [text for text, is_wrong in wrong if is_wrong]:
         raise PipelineError("; ".join(problems))
@@ -365,7 +370,8 @@ def main(argv: list[str] | None = None) -> int:
     require_options(args)
     evaluation.require_held_out(paths)
     # Wrong names and files are found before the look, so that a slip costs none.
-    checkpoints = evaluation.checkpoints_of(paths, args.models) if args.failed_questions else {}
+    training = args.models[0] if args.models else None
+    checkpoints = evaluation.checkpoints_of(paths, training) if args.failed_questions else {}
     candidates = [found for found, _ in checkpoints.values()] or evaluation.candidates(paths, args.models)
     split = "test" if args.final else "dev"
     whole = mcq.read_items(paths.mcq / f"{split}.jsonl", also=("id", "exam"))

@@ -167,29 +167,30 @@ def _name_of(paths: RunPaths, folder: Path) -> str:
     return "-".join(inside)
 
 
-def checkpoints_of(paths: RunPaths, wanted: Sequence[str] | None = None) -> dict[str, tuple[Candidate, int]]:
+def checkpoints_of(paths: RunPaths, wanted: str | None = None) -> dict[str, tuple[Candidate, int]]:
     """Every adapter that a training has kept, with its step, in the order of the steps; of the last one by default.
 
-    wanted: trained folders, or the names of the run's (00, 01, 02). Adapters are `checkpoint-N` and `final`, which is
-    the best of them. Raises PipelineError where there is none.
+    wanted: a trained folder, or the name of the run's (00, 01, 02, loop). Adapters are `checkpoint-N` and `final`,
+    which is the best of them. Raises PipelineError where there is none.
     """
     trained = {"02": paths.trained_02, "loop": paths.loop, "01": paths.trained_01, "00": paths.trained_00}
     present = [name for name, folder in trained.items() if read_record(folder / RECORD_NAME) is not None]
-    if not (names := wanted or present[:1]):
+    if not wanted and not present:
         raise PipelineError(
             f"run {paths.name} has trained nothing yet; run: ./run_full_pipeline.sh --model {paths.model}"
         )
-    found: dict[str, tuple[Candidate, int]] = {}
-    for name in names:
-        folder = trained.get(name, Path(name).expanduser().resolve())
-        if not (folder / "training_info.json").is_file():
-            raise PipelineError(f"--models {name}: not the folder of a training, which has checkpoints")
-        base, label = chain.of_folder(paths, folder).base, name if name in trained else _name_of(paths, folder)
-        steps = {int(p.name.split("-")[1]): p for p in folder.glob("checkpoint-*") if (p / _ADAPTER).is_file()}
-        steps.setdefault(records.read_object(folder / "training_info.json", "best_step")["best_step"], folder / "final")
-        for step, adapter in sorted(steps.items()):
-            found[f"{label}-step{step}"] = (Candidate(f"{label}-step{step}", base, adapter), step)
-    return found
+    name = wanted or present[0]
+    folder = trained.get(name, Path(name).expanduser().resolve())
+    if not (folder / "training_info.json").is_file():
+        raise PipelineError(f"--models {name}: not the folder of a training, which has checkpoints")
+    base, label = chain.of_folder(paths, folder).base, name if name in trained else _name_of(paths, folder)
+    # A person's copy beside them (checkpoint-backup, checkpoint-30-old) is none of the training's.
+    numbered = [
+        (p.name.removeprefix("checkpoint-"), p) for p in folder.glob("checkpoint-*") if (p / _ADAPTER).is_file()
+    ]
+    steps = {int(number): p for number, p in numbered if number.isdecimal()}
+    steps.setdefault(records.read_object(folder / "training_info.json", "best_step")["best_step"], folder / "final")
+    return {f"{label}-step{n}": (Candidate(f"{label}-step{n}", base, steps[n]), n) for n in sorted(steps)}
 
 
 _ADAPTER = "adapter_model.safetensors"
