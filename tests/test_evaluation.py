@@ -4,6 +4,7 @@ import copy
 import functools
 import math
 import random
+from collections import Counter
 
 import pytest
 import torch
@@ -508,15 +509,24 @@ def test_rotations_ask_the_rotated_items():
     answer = functools.partial(evaluation.score_letters, scored, tf.tokenizer(), batch=4)
     rows, scores = evaluation.rotate(answer, tf.ITEMS, 5)
     assert [{k: v for k, v in row.items() if k != "rotations"} for row in rows] == answer(tf.ITEMS)
+    shown = Counter()
     for shift in range(5):
-        turned = answer([mcq.rotated(item, shift) for item in tf.ITEMS])
-        for item, row, at_shift in zip(tf.ITEMS, rows, turned, strict=True):
+        asked = [(item, row) for item, row in zip(tf.ITEMS, rows, strict=True) if shift < 4 or "E" in item]
+        turned = answer([mcq.rotated(item, shift) for item, _ in asked])
+        shown.update(at_shift["predicted"] for at_shift in turned)
+        for (item, row), at_shift in zip(asked, turned, strict=True):
             chosen = row["rotations"][shift]
             assert item[chosen] == mcq.rotated(item, shift)[at_shift["predicted"]]
         right = sum(row["predicted"] == row["gold"] for row in turned)
-        assert scores["accuracies"][shift] == pytest.approx(right / 12)
-    assert scores["mean_accuracy"] == pytest.approx(sum(scores["accuracies"]) / 5)
-    assert sum(scores["shown"].values()) == 60 and scores["unparsed"] == 0
+        assert scores["accuracies"][shift] == pytest.approx(right / len(asked))
+    four = [row for item, row in zip(tf.ITEMS, rows, strict=True) if "E" not in item]
+    assert four and {len(row["rotations"]) for row in four} == {4}  # the fifth would be the first again
+    means = [sum(option == row["gold"] for option in row["rotations"]) / len(row["rotations"]) for row in rows]
+    assert scores["n"] == 5 and scores["mean_accuracy"] == pytest.approx(sum(means) / 12)
+    assert scores["shown"] == {letter: shown[letter] for letter in "ABCDE"}
+    assert sum(scores["shown"].values()) == 60 - len(four) and scores["unparsed"] == 0
+    only, of_four = evaluation.rotate(answer, [item for item in tf.ITEMS if "E" not in item], 5)
+    assert of_four["n"] == 4 and [row["rotations"] for row in only] == [row["rotations"] for row in four]
     once, alone = evaluation.rotate(answer, tf.ITEMS, 1)
     assert alone["consistency"] == 1 and alone["vote_accuracy"] == alone["mean_accuracy"]
     assert [row["rotations"] for row in once] == [[row["predicted"]] for row in rows]

@@ -269,6 +269,13 @@ def test_answers_of_another_file(tmp_path):
             mcq_test.earlier_answers(file, QUESTIONS, "bf16")
 
 
+def test_answers_whose_ids_are_numbers(tmp_path):
+    file, after = tmp_path / "a.jsonl", {"mcq": {"accuracy": 1.0}, "predictions": answers_of(QUESTIONS, right=6)}
+    records.write_jsonl(file, [{**row, "id": int(row["id"])} for row in answers_of(QUESTIONS)])
+    change = evaluation.compare_rows(mcq_test.earlier_answers(file, QUESTIONS, "8bit"), after)
+    assert (change["wrong_to_right"], change["right_to_wrong"]) == (3, 0)
+
+
 def test_answers_to_other_items_are_refused(tmp_path):
     file = tmp_path / "a.jsonl"
     reworded = [{**QUESTIONS[0], "question": "다른 질문"}, *QUESTIONS[1:]]

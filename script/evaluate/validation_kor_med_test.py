@@ -100,7 +100,8 @@ def earlier_answers(file: Path, items: Sequence[Mapping[str, Any]], asked: str) 
     rows = whole["predictions"]
     if not rows or not all(isinstance(row, dict) and {"id", "gold", "predicted"} <= row.keys() for row in rows):
         raise PipelineError(f"--against {show(file)}: no answers there; give {ANSWERS}")
-    theirs, ours = {str(row["id"]): row for row in rows}, {item["id"]: item for item in items}
+    rows = [{**row, "id": str(row["id"])} for row in rows]  # another program's file may have numbers
+    theirs, ours = {row["id"]: row for row in rows}, {item["id"]: item for item in items}
     other = theirs.keys() ^ ours.keys()
     other |= {i for i in theirs.keys() & ours.keys() if theirs[i].get("item", digest(ours[i])) != digest(ours[i])}
     other |= {i for i in theirs.keys() & ours.keys() if theirs[i]["gold"] != ours[i]["answer"]}
@@ -191,7 +192,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--limit", type=cli.positive_int, metavar="N", help="only N items, drawn by a fixed seed")
     parser.add_argument(
         "--rotations", type=int, choices=range(1, 6), default=1, metavar="N",
-        help="ask every item N times, its options rotated (1 to 5; default: 1)",
+        help="ask every item N times, its options rotated (1 to 5; four options have 4; default: 1)",
     )  # fmt: skip
     parser.add_argument("--reasoning", action="store_true", help="generate mode: ask for reasoning first")
     parser.add_argument(

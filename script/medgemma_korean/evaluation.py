@@ -374,19 +374,22 @@ Answers = Callable[[Sequence[Mapping[str, Any]]], list[dict[str, Any]]]
 
 
 def rotate(answer: Answers, items: Sequence[Mapping[str, Any]], number: int) -> tuple[list[dict[str, Any]], dict]:
-    """Answer the items in `number` rotations of their options.
+    """Answer the items in `number` rotations of their options; one of four options in its four, where more are asked.
 
     answer: `score_letters` or `generate_letters` of a model, as a function of the items. Returns the rows of the
-    unrotated items, each with "rotations" (the option chosen at each shift, under its own letter), and the scores
-    (`mcq.rotation_scores`) with "shown": how often each position was chosen over all rotations.
+    unrotated items, each with "rotations" (the option chosen at each of its shifts, under its own letter), and the
+    scores (`mcq.rotation_scores`) with "shown": how often each position was chosen over all rotations.
     """
     rows = answer(items)
     chosen = [[row["predicted"]] for row in rows]
     shown = Counter(row["predicted"] for row in rows)
     for shift in range(1, number):
-        for item, options, row in zip(items, chosen, answer([mcq.rotated(item, shift) for item in items]), strict=True):
+        asked = [i for i, item in enumerate(items) if shift < len(prompts.letters_of(item))]
+        if not asked:
+            break
+        for i, row in zip(asked, answer([mcq.rotated(items[i], shift) for i in asked]), strict=True):
             shown[row["predicted"]] += 1
-            options.append(mcq.chosen_option(item, row["predicted"], shift))
+            chosen[i].append(mcq.chosen_option(items[i], row["predicted"], shift))
     scores = mcq.rotation_scores([item["answer"] for item in items], chosen)
     scores["shown"] = {letter: shown[letter] for letter in prompts.LETTERS}
     return [{**row, "rotations": options} for row, options in zip(rows, chosen, strict=True)], scores
