@@ -4,7 +4,9 @@ import copy
 import functools
 import math
 import random
+import shutil
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
@@ -117,6 +119,24 @@ def test_a_hub_id_a_base_and_what_is_none(monkeypatch, tmp_path):
     assert str(error.value).count("\n") == 2 and "nosuch: " in str(error.value)  # all of them at once
     with pytest.raises(PipelineError, match="has trained nothing yet"):
         evaluation.checkpoints_of(tf.paths())
+
+
+def test_every_model_has_a_name_of_its_own(monkeypatch, tmp_path):
+    paths = tf.paths()
+    monkeypatch.setattr(evaluation, "run_folders", lambda paths: {"base": tf.raw_folder(), "02": tmp_path / "none"})
+    one, two, other = (tmp_path / place for place in ("one/base", "two/base", "else/two/base"))
+    for folder in (one, two, other, paths.models / "base", paths.models / "raw" / "base"):
+        shutil.copytree(tf.raw_folder(), folder)
+    asked = ["base", str(one), str(two), str(paths.models / "base"), str(paths.models / "raw" / "base"), str(two)]
+    found = evaluation.candidates(paths, asked)
+    names = ["base", "one--base", "two--base", f"{paths.models.name}--base", "raw-base"]
+    assert [candidate.name for candidate in found] == names
+    assert [candidate.base for candidate in found] == [tf.raw_folder(), *map(Path, asked[1:5])]
+    with pytest.raises(
+        PipelineError, match=f"^--models {other}: both it and .*two/base would be called two--base"
+    ) as error:
+        evaluation.candidates(paths, ["base", str(two), str(other), "nosuch"])
+    assert "--models nosuch: no such model" in str(error.value)  # all of them at once
 
 
 def test_checkpoints_are_the_training_s_own(monkeypatch, tmp_path):

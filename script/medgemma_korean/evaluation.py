@@ -122,7 +122,7 @@ def candidates(paths: RunPaths, wanted: Sequence[str] | None = None) -> list[Can
     """The models of those names (base extended 00 01 merged 02 loop), folders or hub ids; by default all of the run's.
 
     A folder is a trained one, an adapter inside one, one with base/ and adapter/, or a base. A hub id is fetched where
-    it is not here. Raises PipelineError naming every model that is not there.
+    it is not here. Raises PipelineError naming every model that is not there, or has another one's name.
     """
     named = run_folders(paths)
     found: dict[str, Candidate] = {}
@@ -137,7 +137,11 @@ def candidates(paths: RunPaths, wanted: Sequence[str] | None = None) -> list[Can
                     raise PipelineError(f"no such model; give {' '.join(named)}, a folder, or a hub id")
                 folder = base_model.of_hub(paths, name)
             candidate = _candidate(paths, name if name in named else _name_of(paths, folder), folder)
-            found[candidate.name] = candidate
+            other = found.setdefault(candidate.name, candidate)
+            if other != candidate:  # answers and scores lie under the name
+                raise PipelineError(
+                    f"both it and {show(other.adapter or other.base)} would be called {other.name}; rename a folder"
+                )
         except PipelineError as error:
             problems.append(f"--models {name}: {error}")
     if problems:
@@ -163,8 +167,9 @@ def _candidate(paths: RunPaths, name: str, folder: Path) -> Candidate:
 
 
 def _name_of(paths: RunPaths, folder: Path) -> str:
-    inside = folder.relative_to(paths.models).parts if folder.is_relative_to(paths.models) else (folder.name,)
-    return "-".join(inside)
+    """What a folder is called beside the run's own models: never a name of theirs, nor one that a label ends in."""
+    inside = folder.relative_to(paths.models).parts if folder.is_relative_to(paths.models) else ()
+    return "-".join(inside) if len(inside) > 1 else f"{folder.parent.name}--{folder.name}"
 
 
 def checkpoints_of(paths: RunPaths, wanted: str | None = None) -> dict[str, tuple[Candidate, int]]:
