@@ -10,7 +10,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 
@@ -49,6 +49,7 @@ loop = load("train/train_01_02_loop.py")
 inspect_batches = load("train/inspect_batches.py")
 plain_text = load("evaluate/validation_plain_text.py")
 mcq_test = load("evaluate/validation_kor_med_test.py")
+REAL_ANSWERS, REAL_REQUIRE_TASK = mcq_test.answers, mcq_test.harness.require_task
 
 
 # command lines ------------------------------------------------------------------------------------------
@@ -305,6 +306,101 @@ def test_a_file_without_answers_is_refused(tmp_path, content):
         mcq_test.earlier_answers(tmp_path / "b.json", QUESTIONS, "8bit")
     with pytest.raises(PipelineError, match="no such file"):
         mcq_test.earlier_answers(tmp_path / "c.jsonl", QUESTIONS, "8bit")
+
+
+# whole calls, with answers by hand -----------------------------------------------------------------------
+
+SOLVED = [{**item, "E": "마", "question": f"{item['question']} {exam}", "exam": exam, "id": f"{exam}{item['id']}"}
+          for exam in ("doctor", "nurse") for item in QUESTIONS]  # fmt: skip
+
+
+@pytest.fixture
+def by_hand(empty_root, monkeypatch):
+    """A run without models: `say` says what each answers right, by the number of items; `weights` what it is."""
+    paths = RunPaths.of("tiny", "data/sample")
+    say, weights = {"base": 3, "00": 4, "02": 6}, {}
+
+    class Model(evaluation.Candidate):
+        def weights(self):
+            return weights.get(self.name, "first")
+
+    def candidates(paths, names=None):
+        return [Model(name, empty_root / name, None) for name in names or say]
+
+    def answers(model, tokenizer, items, args, profile, tick, official):
+        rows = [{**row, "exam": item["exam"], "reason": "x"}
+                for item, row in zip(items, answers_of(items, say[model]), strict=True)]  # fmt: skip
+        return rows, {}
+
+    def touches(paths, split, items, built):
+        return {"checked": len(items), "sources": {}, "touched": list(say.get("touched", ()))}
+
+    for file in ("dev", "test"):
+        records.write_jsonl(paths.mcq / f"{file}.jsonl", SOLVED)
+    monkeypatch.setattr(evaluation, "require_held_out", lambda paths: None)
+    monkeypatch.setattr(evaluation, "candidates", candidates)
+    monkeypatch.setattr(evaluation, "loaded", lambda found, *_: ((one, one.name, None) for one in found))
+    monkeypatch.setattr(mcq_test, "answers", answers)
+    monkeypatch.setattr(mcq_test.contamination, "ledger", touches)
+    monkeypatch.setattr(mcq_test.harness, "require", lambda: "0.4.13")
+    monkeypatch.setattr(mcq_test.harness, "require_task", lambda: None)
+    monkeypatch.setattr(mcq_test.harness, "_template", lambda: empty_root / "template")
+    return SimpleNamespace(paths=paths, say=say, weights=weights, folder=paths.report / "validation")
+
+
+def test_shots_are_left_out_of_what_is_scored(by_hand, monkeypatch, capsys):
+    shots = [{**item, "id": f"shot{i}"} for i, item in enumerate([*SOLVED[:2], *SOLVED[6:8]])]
+    monkeypatch.setattr(mcq_test.harness, "shots_of", lambda paths: shots)
+    scored = []
+
+    def score(model, tokenizer, folder, tasks, items, *, shots, batch):
+        scored.append([item["id"] for item in items])
+        return [{**row, "exam": "doctor", "reason": "x"} for row in answers_of(items)], {"shots": shots}
+
+    monkeypatch.setattr(mcq_test, "answers", REAL_ANSWERS)
+    monkeypatch.setattr(mcq_test.harness, "score", score)
+    harness = ["--mode", "harness", "--models", "base"]
+    for argv, left in (
+        ([], None),
+        (["--shots", "1"], 2),
+        (["--shots", "2"], 4),
+        (["--shots", "1", "--limit", "7"], 2),
+    ):
+        assert mcq_test.main([*harness, *argv]) == 0
+        of = 12 - (left or 0)
+        name = "-".join(["dev-harness", *(f"{a[2:]}{b}" for a, b in zip(argv[::2], argv[1::2], strict=True))])
+        found = records.read_json(by_hand.folder / f"{name}.json")["models"]["base"]
+        assert found["harness"].get("left_out") == left and found["mcq"]["n"] == min(of, 7 if "--limit" in argv else of)
+        assert found.get("limit", {"of": of})["of"] == of
+        rows = [*records.read_jsonl(by_hand.folder / f"{name}-tasks" / "doctor-items.jsonl")]
+        rows += records.read_jsonl(by_hand.folder / f"{name}-tasks" / "nurse-items.jsonl")
+        assert {row["id"] for row in rows} == set(scored[-1])
+    assert scored[0] == [item["id"] for item in SOLVED]
+    assert scored[1] == [item["id"] for i, item in enumerate(SOLVED) if i not in (0, 6)]
+    assert scored[2] == [item["id"] for i, item in enumerate(SOLVED) if i not in (0, 1, 6, 7)]
+    assert len(scored[3]) == 7 and set(scored[3]) < set(scored[1])
+    assert capsys.readouterr().out.count("base: 2 questions left out: among the shots") == 2
+
+
+@pytest.mark.parametrize(
+    ("argv", "why"),
+    [
+        ("--mode harness --shots 5", "--shots 5: doctor has 0 rows"),
+        ("--mode harness --exams nurse", "the official prompt has five options; 1 of the questions"),
+        ("--mode harness --exams doctor", "another version of the task"),
+        ("--device cuda:9", "CUDA devices; use cpu"),
+        ("--against nothing.jsonl", "no such file"),
+    ],
+)
+def test_a_slip_costs_no_look(by_hand, monkeypatch, argv, why):
+    records.write_jsonl(by_hand.paths.mcq / "test.jsonl", [*SOLVED[:-1], {**SOLVED[-1], "E": ""}])
+    if "version" in why:
+        monkeypatch.setattr(mcq_test.harness, "require_task", REAL_REQUIRE_TASK)
+    with pytest.raises(PipelineError, match=why):
+        mcq_test.main(["--final", *argv.split()])
+    assert not (by_hand.paths.report / "test_looks.json").exists()
+    assert mcq_test.main(["--final"]) == 0
+    assert len(records.read_json(by_hand.paths.report / "test_looks.json")) == 1
 
 
 def test_looks_are_counted(empty_root):

@@ -30,7 +30,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from medgemma_korean import batches, cli, contamination, evaluation, harness, mcq, precision, prompts, records
 from medgemma_korean.cli import PipelineError, log
@@ -109,7 +109,7 @@ def earlier_answers(file: Path, items: Sequence[Mapping[str, Any]], asked: str) 
         raise PipelineError(
             f"--against {show(file)}: holds other items ({len(rows)} there, {len(items)} here, {len(other)} differ"
             + (f", such as {min(other)}" if other else "")
-            + "); compare answers to the same split, --exams and --limit"
+            + "); compare answers to the same split, --exams, --limit and --shots"
         )
     was = whole.get("precision", rows[0].get("precision", asked))
     if was != asked:
@@ -163,6 +163,8 @@ def details(found: dict[str, Any]) -> list[str]:
         lines.append(f"reasoning: format {reasoned['format']:.2f}, with the answer {reasoned['combined']:.2f}")
     if found.get("cut_off"):
         lines.append(f"{cli.count(found['cut_off'], 'answer')} cut off at --max-new-tokens {found['max_new_tokens']}")
+    if left := found.get("harness", {}).get("left_out"):
+        lines.append(f"{cli.count(left, 'question')} left out: among the shots, so solved in the prompt")
     if limit := found.get("limit"):
         lines.append(
             f"{limit['n']} of {limit['of']} items: the interval is ±{100 * limit['half_width']:.1f} points, "
@@ -229,6 +231,15 @@ def require_options(args: argparse.Namespace) -> None:
         raise PipelineError("; ".join(problems))
     if args.mode == "harness":
         harness.require()
+        harness.require_task()
+
+
+class Official(NamedTuple):
+    """What harness mode scores: the folder of its task files, the tasks' names, and how many items were shots."""
+
+    folder: Path
+    tasks: list[str]
+    left_out: int
 
 
 def answers(
@@ -238,15 +249,14 @@ def answers(
     args: argparse.Namespace,
     profile: ModelProfile,
     tick: Ticker,
-    tasks: tuple[Path, list[str]] | None,
+    official: Official | None,
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """The rows of all items in the mode of the call, and what the mode adds to the result."""
-    if tasks is not None:
-        folder, names = tasks
-        found, official = harness.score(
-            model, tokenizer, folder, names, items, shots=args.shots, batch=profile.score_batch
+    if official is not None:
+        found, told = harness.score(
+            model, tokenizer, official.folder, official.tasks, items, shots=args.shots, batch=profile.score_batch
         )
-        return found, {"harness": official}
+        return found, {"harness": told | ({"left_out": official.left_out} if args.shots else {})}
     if args.mode == "letter":
         answer = functools.partial(evaluation.score_letters, model, tokenizer, batch=profile.score_batch, tick=tick)
     else:
@@ -285,24 +295,22 @@ def score(
     asked: str,
     first: dict[str, Any] | None,
     touched: Sequence[str],
+    official: Official | None,
+    device: str,
 ) -> dict[str, dict[str, Any]]:
     """Score every model of the call and write its answers; returns the results with them.
 
     of: how many items there are without --limit. first: what --against gave. touched: items in the training text.
+    official: the tasks of harness mode.
     """
     from medgemma_korean import modeling
 
     modeling.set_up_torch(SEED)
     name, given = label(split, args), first is not None
-    tasks = None
-    if args.mode == "harness":
-        folder = validation_folder(paths) / f"{name}-tasks"
-        shots = harness.shots_of(paths) if args.shots else []
-        tasks = folder, harness.write_tasks(folder, items, shots, args.shots)
     results = {}
-    for candidate, model, tokenizer in evaluation.loaded(candidates, profile, modeling.pick_device(args.device), asked):
+    for candidate, model, tokenizer in evaluation.loaded(candidates, profile, device, asked):
         with Ticker(candidate.name) as tick:
-            predictions, more = answers(model, tokenizer, items, args, profile, tick, tasks)
+            predictions, more = answers(model, tokenizer, items, args, profile, tick, official)
         del model  # room for the next
         assert [row["id"] for row in predictions] == [item["id"] for item in items], "items were lost"
         result = {
@@ -370,26 +378,38 @@ def main(argv: list[str] | None = None) -> int:
     cli.start_logging(paths, PROGRAM)
     require_options(args)
     evaluation.require_held_out(paths)
-    # Wrong names and files are found before the look, so that a slip costs none.
+    # What a person can give wrongly is found before the look, so that a slip costs none.
     training = args.models[0] if args.models else None
     checkpoints = evaluation.checkpoints_of(paths, training) if args.failed_questions else {}
     candidates = [found for found, _ in checkpoints.values()] or evaluation.candidates(paths, args.models)
     split = "test" if args.final else "dev"
     whole = mcq.read_items(paths.mcq / f"{split}.jsonl", also=("id", "exam"))
-    items = chosen_items(whole, args.exams, args.limit)
+    wanted = chosen_items(whole, args.exams, None)
+    fewshot = harness.shots_of(paths) if args.shots else []
+    scored = harness.without_shots(wanted, fewshot, args.shots)
+    items = chosen_items(scored, None, args.limit)
     if not items:
         raise PipelineError(f"{show(paths.mcq / f'{split}.jsonl')}: no questions; nothing could be scored")
     asked = precision.of_run(args.precision, paths, profile)
     first = earlier_answers(Path(args.against).expanduser(), items, asked) if args.against else None
     known = contamination.ledger(paths, split, whole, built=profile.tiny is not None)
+    official = None
+    if args.mode == "harness":
+        folder = validation_folder(paths) / f"{label(split, args)}-tasks"
+        tasks = harness.write_tasks(folder, items, fewshot, args.shots)
+        official = Official(folder, tasks, len(wanted) - len(scored))
+
+    from medgemma_korean import modeling
+
+    device = modeling.pick_device(args.device)
     looks = None
     if args.final:
         names = [candidate.name for candidate in candidates]
         looks = count_look(paths, program=PROGRAM, models=names, mode=args.mode, exams=args.exams, limit=args.limit)
         log.warning("look %d at the test split of run %s", looks, paths.name)
 
-    of = len(chosen_items(whole, args.exams, None))
-    results = score(args, profile, paths, candidates, items, of, split, asked, first, known["touched"])
+    given = (split, asked, first, known["touched"], official, device)
+    results = score(args, profile, paths, candidates, items, len(scored), *given)
     summary = {
         "split": split,
         "mode": args.mode,
