@@ -14,7 +14,7 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 
-from medgemma_korean import cli, evaluation, profiles, records, training
+from medgemma_korean import cli, evaluation, profiles, records, stage, training
 from medgemma_korean.cli import PipelineError
 from medgemma_korean.paths import RunPaths
 from medgemma_korean.statistics import wilson
@@ -197,6 +197,9 @@ def test_items_and_names():
         ("dev", "--mode generate --reasoning --rotations 3", "dev-generate-reasoning-rotations3"),
         ("dev", "--mode harness --shots 5", "dev-harness-shots5"),
         ("dev", "--failed-questions --rotations 1", "dev-letter-checkpoints"),
+        ("dev", "--models 02 --precision auto", "dev-letter"),
+        ("dev", "--precision fp32", "dev-letter-fp32"),
+        ("dev", "--mode generate --max-new-tokens 9 --precision nf4", "dev-generate-tokens9-nf4"),
     ):
         assert mcq_test.label(split, mcq_test.make_parser().parse_args(argv.split())) == name
 
@@ -382,6 +385,80 @@ def test_shots_are_left_out_of_what_is_scored(by_hand, monkeypatch, capsys):
     assert capsys.readouterr().out.count("base: 2 questions left out: among the shots") == 2
 
 
+def summary_of(by_hand, *argv, name="dev-letter"):
+    """The models of a summary after one more call, by name: right answers, and what each was compared with."""
+    assert mcq_test.main(list(argv)) == 0
+    file = by_hand.folder / f"{name}.json"
+    found = records.read_json(file)["models"]
+    assert not stage.check_outputs(stage.record_beside(file))
+    outputs = records.read_json(stage.record_beside(file))["outputs"]
+    assert set(outputs) == {file.name, *(f"{name}-{model}.jsonl" for model in found)}
+    return {k: (v["mcq"]["correct"], v.get("against_first", {}).get("before")) for k, v in found.items()}
+
+
+def test_scores_of_earlier_calls_stay(by_hand, capsys):
+    whole = {"base": (3, None), "00": (4, "base"), "02": (6, "base")}
+    assert summary_of(by_hand) == whole
+    before = records.read_json(by_hand.folder / "dev-letter.json")
+    assert summary_of(by_hand, "--models", "02") == whole  # with its test, which is as true as before
+    assert records.read_json(by_hand.folder / "dev-letter.json") == before
+    assert "earlier scores of base, 00 stay in it" in capsys.readouterr().out
+    assert summary_of(by_hand, "--precision", "fp32", "--models", "00", name="dev-letter-fp32") == {"00": (4, None)}
+    assert records.read_json(by_hand.folder / "dev-letter.json") == before
+
+    by_hand.say["02"], by_hand.weights["02"] = 5, "second"  # trained again: no test of the new one was made
+    assert summary_of(by_hand, "--models", "02") == whole | {"02": (5, None)}
+    assert summary_of(by_hand, "--models", "00", "02") == whole | {"02": (5, "00")}
+    by_hand.say["one--x"] = 2
+    expected = {"base": (3, None), "00": (4, "base"), "02": (5, "00"), "one--x": (2, None)}
+    assert summary_of(by_hand, "--models", "one--x") == expected
+    by_hand.weights["base"] = "second"  # what 00 was compared with is gone
+    assert summary_of(by_hand, "--models", "base") == expected | {"00": (4, None)}
+    by_hand.weights["00"], by_hand.say["00"] = "second", 4
+    assert summary_of(by_hand, "--models", "00") == expected | {"00": (4, None), "02": (5, None)}
+
+    # A test against a file names it, and stays as long as its model.
+    base = str(by_hand.folder / "dev-letter-base.jsonl")
+    assert summary_of(by_hand, "--models", "02", "--against", base)["02"] == (5, None)
+    assert summary_of(by_hand, "--models", "base")["02"] == (5, None)
+    told = records.read_json(by_hand.folder / "dev-letter.json")["models"]["02"]["against_file"]
+    assert told["before"].endswith("dev-letter-base.jsonl") and told["accuracy_change"] == pytest.approx(2 / 12)
+
+
+def test_what_does_not_belong_together_does_not_stay(by_hand, monkeypatch, capsys):
+    file = by_hand.folder / "dev-letter.json"
+    assert list(summary_of(by_hand)) == ["base", "00", "02"]
+    assert "touched" in records.read_json(file)["models"]["base"]["contamination"]
+
+    by_hand.say["touched"] = [SOLVED[0]["id"]]  # the training text has changed
+    asked = "--models", "02"
+    assert list(summary_of(by_hand, *asked)) == ["base", "00", "02"]
+    found = records.read_json(file)["models"]
+    assert "contamination" not in found["base"] and found["02"]["contamination"]["touched"]["n"] == 1
+    del by_hand.say["touched"]
+
+    answers = by_hand.folder / "dev-letter-00.jsonl"
+    answers.write_text(answers.read_text() + "\n")  # as a call that was interrupted leaves it
+    assert list(summary_of(by_hand, *asked)) == ["base", "02"]
+    assert "earlier scores of 00 do not: other items, precision, or answers" in capsys.readouterr().out
+    (by_hand.folder / "dev-letter-base.jsonl").unlink()
+    assert summary_of(by_hand, *asked) == {"02": (6, None)}
+
+    summary_of(by_hand)
+    with monkeypatch.context() as patch:
+        patch.setattr(mcq_test.precision, "of_run", lambda *_: "bf16")
+        assert summary_of(by_hand, *asked) == {"02": (6, None)}
+        assert list(summary_of(by_hand, "--models", "base")) == ["02", "base"]
+    records.write_jsonl(by_hand.paths.mcq / "dev.jsonl", SOLVED[1:])
+    assert summary_of(by_hand, *asked) == {"02": (6, None)}
+    summary_of(by_hand)
+    records.write_json(file, {"split": "dev", "models": {}})
+    assert summary_of(by_hand, *asked) == {"02": (6, None)}
+    assert "is not as it was written; what it holds of other models is dropped" in capsys.readouterr().out
+    stage.record_beside(file).write_text("{")
+    assert summary_of(by_hand, "--models", "base") == {"base": (3, None)}
+
+
 @pytest.mark.parametrize(
     ("argv", "why"),
     [
@@ -519,7 +596,7 @@ def test_interrupted_loop_ends_with_the_same_bytes(chain, monkeypatch):
 
 
 @pytest.mark.slow
-def test_validation_programs(chain, capsys):
+def test_validation_programs(chain, capsys, monkeypatch):
     models = ["--models", "base", "merged", str(chain.loop), str(chain.loop / "loop_1")]
     assert plain_text.main(models) == 0
     found = records.read_json(chain.report / "validation_plain_text.json")["models"]
@@ -534,6 +611,8 @@ def test_validation_programs(chain, capsys):
     assert summary["base"]["mcq"] == records.read_json(chain.scores("base"))["mcq"]
     assert "against_first" not in summary["base"] and summary["merged"]["against_first"]["before"] == "base"
     assert len(list(records.read_jsonl(chain.report / "validation" / "dev-letter-base.jsonl"))) == 30
+    assert mcq_test.main(["--models", "merged"]) == 0  # the others' scores stay
+    assert records.read_json(chain.report / "validation" / "dev-letter.json")["models"] == summary
 
     # Against the file of another call, in rotations: the numbers of the rows.
     base = str(chain.report / "validation" / "dev-letter-base.jsonl")
@@ -583,6 +662,14 @@ def test_validation_programs(chain, capsys):
         found = records.read_json(chain.report / "validation" / "dev-harness-limit3.json")["models"]["merged"]
         assert found["harness"]["micro"] == found["mcq"]["accuracy"] and found["protocol"] == "harness"
         assert found["harness"]["task_version"] == 3.0 and found["mcq"]["n"] == found["limit"]["n"] == 3
+        dev = evaluation.dev_items(chain)
+        with monkeypatch.context() as patch:  # the first question of each exam is its shot
+            patch.setattr(mcq_test.harness, "shots_of", lambda paths: dev)
+            assert mcq_test.main([*official, "--shots", "1"]) == 0
+        found = records.read_json(chain.report / "validation" / "dev-harness-shots1-limit3.json")["models"]["merged"]
+        left = len({item["exam"] for item in dev})
+        assert (found["harness"]["shots"], found["harness"]["left_out"]) == (1, left) and left > 1
+        assert (found["limit"]["n"], found["limit"]["of"]) == (3, len(dev) - left)
 
     # What a person can give wrongly, one message each.
     alone = chain.models / "copied" / "final"

@@ -36,7 +36,7 @@ from medgemma_korean import batches, cli, contamination, evaluation, harness, mc
 from medgemma_korean.cli import PipelineError, log
 from medgemma_korean.paths import RunPaths, show
 from medgemma_korean.profiles import ModelProfile
-from medgemma_korean.stage import vouch
+from medgemma_korean.stage import changed_files, read_record, record_beside, vouch
 from medgemma_korean.statistics import wilson
 from medgemma_korean.ticker import Ticker
 
@@ -44,6 +44,7 @@ PROGRAM = "validation_kor_med_test"
 ANSWERS = f"a .jsonl of {PROGRAM} or an evaluation.json"
 SEED = 17
 ANSWER_TOKENS = 64  # generate mode: a bare letter needs 2; an untrained model may add its option and a sentence
+CONTAMINATION = ("checked", "sources", "touched")  # of the ledger, what a summary repeats
 REASONING_TOKENS = 1024  # about twice the longest rationale that is trained
 
 
@@ -58,10 +59,15 @@ def chosen_items(
 
 
 def label(split: str, args: argparse.Namespace) -> str:
-    """The files' name: a part of a split, or another way to ask, never overwrites the scores of the whole."""
+    """The files' name: a part of a split, or another way to ask, never overwrites the scores of the whole.
+
+    Which models were asked for is not in it: one file has the scores of all of them (`with_earlier`).
+    """
     parts = [split, args.mode, *(["reasoning"] if args.reasoning else []), *sorted(set(args.exams or ()))]
     parts += [f"{name}{number}" for name, number in (("shots", args.shots), ("limit", args.limit)) if number]
     parts += [f"rotations{args.rotations}"] if args.rotations > 1 else []
+    parts += [f"tokens{args.max_new_tokens}"] if args.max_new_tokens else []
+    parts += [args.precision] if args.precision != "auto" else []
     return "-".join(parts + (["checkpoints"] if args.failed_questions else []))
 
 
@@ -343,6 +349,52 @@ def score(
     return results
 
 
+def with_earlier(file: Path, new: dict[str, dict[str, Any]], known: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The results of this call, and those of other models that an earlier one left in the summary `file`.
+
+    Kept is what has the same items and precision, its answers still as they were written; and a McNemar test while
+    both of its models have the scores that it compared. known: the contamination of the split as it is now.
+    """
+    try:
+        written = (read_record(record_beside(file)) or {}).get("outputs", {})
+    except PipelineError:  # a damaged record vouches for nothing
+        written = {}
+
+    def whole(name: str) -> bool:
+        return name in written and not changed_files({name: written[name]}, file.parent)
+
+    if not whole(file.name):
+        if file.is_file():
+            log.warning("%s is not as it was written; what it holds of other models is dropped", show(file))
+        return new
+    earlier, first = records.read_json(file), next(iter(new.values()))
+    was = earlier["models"]
+    same = {name for name, old in was.items() if all(old.get(key) == first[key] for key in ("items", "precision"))}
+    kept = {name for name in same - new.keys() if whole(f"{file.stem}-{name}.jsonl")}
+    merged = {name: new[name] if name in new else was[name] for name in [*was, *new] if name in kept | new.keys()}
+
+    def holds(name: str) -> bool:
+        return name in same & merged.keys() and all(was[name].get(k) == merged[name].get(k) for k in ("weights", "mcq"))
+
+    for name in same & merged.keys():
+        change = was[name].get("against_first")
+        if change and holds(name) and holds(change["before"]):
+            if "against_file" not in merged[name]:
+                merged[name].setdefault("against_first", change)
+        elif name in kept:
+            merged[name].pop("against_first", None)
+    if any(earlier.get("contamination", {}).get(key) != known[key] for key in CONTAMINATION):
+        for name in kept:
+            merged[name].pop("contamination", None)  # other items are clean and touched now
+    for names, what in (
+        (kept, "stay in it"),
+        (was.keys() - merged.keys(), "do not: other items, precision, or answers"),
+    ):
+        if names:
+            log.info("%s: earlier scores of %s %s", show(file), ", ".join(name for name in was if name in names), what)
+    return merged
+
+
 def validation_folder(paths: RunPaths) -> Path:
     return paths.report / "validation"
 
@@ -416,13 +468,14 @@ def main(argv: list[str] | None = None) -> int:
         "exams": args.exams,
         "limit": args.limit,
         "test_looks": looks,
-        "against": args.against,
-        "contamination": {key: known[key] for key in ("checked", "sources", "touched")},
+        "contamination": {key: known[key] for key in CONTAMINATION},
         "models": {name: {k: v for k, v in found.items() if k != "predictions"} for name, found in results.items()},
     }
     file = validation_folder(paths) / f"{label(split, args)}.json"
+    if not args.failed_questions:  # those are of one training, and of one call
+        summary["models"] = with_earlier(file, summary["models"], known)
     records.write_json(file, summary)
-    answers = [file.with_name(f"{file.stem}-{name}.jsonl") for name in results]
+    answers = [file.with_name(f"{file.stem}-{name}.jsonl") for name in summary["models"]]
     vouch(PROGRAM, [file, *answers], time.monotonic() - begun)
     if args.failed_questions:
         write_failed(paths, results, checkpoints, items)
