@@ -697,7 +697,7 @@ def test_validation_programs(chain, capsys, monkeypatch):
     generate = ["--mode", "generate", "--max-new-tokens", "4", "--limit", "5"]
     assert mcq_test.main(["--final", "--models", "merged", *generate]) == 0
     assert [entry["limit"] for entry in records.read_json(looks)] == [5]
-    answers = list(records.read_jsonl(chain.report / "validation" / "test-generate-limit5-merged.jsonl"))
+    answers = list(records.read_jsonl(chain.report / "validation" / "test-generate-limit5-tokens4-merged.jsonl"))
     assert len(answers) == 5 and all("output" in row and row["reason"] for row in answers)
 
 

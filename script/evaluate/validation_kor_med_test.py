@@ -17,8 +17,9 @@ Writes  model/report/<name>/validation/<split>-<mode>[...].json and a .jsonl of 
 Letter mode takes the option letter with the highest log-probability; generate mode lets the model answer and extracts
 the letter, and what has none counts as wrong; harness mode is the official protocol through lm-evaluation-harness,
 which is not installed with the project (pip install 'lm_eval>=0.4.13'). All models see the same items in the same
-precision; the first one is what the others are compared with (exact McNemar), or the answers of --against. Choose on
-dev: every look at test is counted.
+precision; the first one is what the others are compared with (exact McNemar), or the answers of --against. A file has
+the scores of all models that were asked the same, also in several calls. Questions that are among the --shots are left
+out: dev holds the official ones. Choose on dev: every look at test is counted.
 """
 
 from __future__ import annotations
