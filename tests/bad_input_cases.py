@@ -1725,6 +1725,23 @@ CASES += [
     ),
     Case(V_EXAM, "a harness that is not installed", ("--mode", "harness"), "harness", "pip install", start="chain"),
     Case(V_EXAM, "a folder that is no model", ("--models", "nothing"), "nothing", "give base extended", start="chain"),
+    Case(
+        V_EXAM,
+        "two models with one name",
+        ("--models", "a/x/base", "b/x/base"),
+        "--models b/x/base: both it and a/x/base would be called x--base",
+        "rename a folder",
+        lambda root: [copied("model/raw/tiny", f"{place}/x/base")(root) for place in "ab"],
+        "chain",
+    ),
+    Case(
+        V_EXAM,
+        "failed questions of two trainings",
+        ("--failed-questions", "--models", "00", "02"),
+        "over the checkpoints of one training",
+        "give one of --models 00 02",
+        start="chain",
+    ),
     Case(REPORT, "nothing was scored yet", (), "nothing was scored yet", "run_full_pipeline.sh"),
     Case(
         REPORT,

@@ -4,6 +4,9 @@ import copy
 import functools
 import math
 import random
+import shutil
+from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
@@ -116,6 +119,44 @@ def test_a_hub_id_a_base_and_what_is_none(monkeypatch, tmp_path):
     assert str(error.value).count("\n") == 2 and "nosuch: " in str(error.value)  # all of them at once
     with pytest.raises(PipelineError, match="has trained nothing yet"):
         evaluation.checkpoints_of(tf.paths())
+
+
+def test_every_model_has_a_name_of_its_own(monkeypatch, tmp_path):
+    paths = tf.paths()
+    monkeypatch.setattr(evaluation, "run_folders", lambda paths: {"base": tf.raw_folder(), "02": tmp_path / "none"})
+    one, two, other = (tmp_path / place for place in ("one/base", "two/base", "else/two/base"))
+    for folder in (one, two, other, paths.models / "base", paths.models / "raw" / "base"):
+        shutil.copytree(tf.raw_folder(), folder)
+    asked = ["base", str(one), str(two), str(paths.models / "base"), str(paths.models / "raw" / "base"), str(two)]
+    found = evaluation.candidates(paths, asked)
+    names = ["base", "one--base", "two--base", f"{paths.models.name}--base", "raw-base"]
+    assert [candidate.name for candidate in found] == names
+    assert [candidate.base for candidate in found] == [tf.raw_folder(), *map(Path, asked[1:5])]
+    with pytest.raises(
+        PipelineError, match=f"^--models {other}: both it and .*two/base would be called two--base"
+    ) as error:
+        evaluation.candidates(paths, ["base", str(two), str(other), "nosuch"])
+    assert "--models nosuch: no such model" in str(error.value)  # all of them at once
+
+
+def test_checkpoints_are_the_training_s_own(monkeypatch, tmp_path):
+    """Copies that a person put beside them are none, and take no step's place."""
+    paths, folder = tf.paths(), tmp_path / "run" / "trained"
+    link = evaluation.chain.Link("training", folder, tf.base_folder(), None, None, "")
+    monkeypatch.setattr(evaluation.chain, "of_folder", lambda *_: link)
+    for name in ("checkpoint-30", "checkpoint-9", "checkpoint-30-old", "checkpoint-backup", "checkpoint-", "final"):
+        records.write_text(folder / name / "adapter_model.safetensors", name)
+    (folder / "checkpoint-40").mkdir()  # without an adapter
+    records.write_json(folder / "training_info.json", {"best_step": 30})
+    found = evaluation.checkpoints_of(paths, str(folder))
+    assert [(candidate.adapter.name, step) for candidate, step in found.values()] == [
+        ("checkpoint-9", 9),
+        ("checkpoint-30", 30),
+    ]
+    assert [name for name in found] == [candidate.name for candidate, _ in found.values()]
+    records.write_json(folder / "training_info.json", {"best_step": 12})  # its checkpoint was not kept
+    steps = {step: candidate.adapter.name for candidate, step in evaluation.checkpoints_of(paths, str(folder)).values()}
+    assert list(steps.items()) == [(9, "checkpoint-9"), (12, "final"), (30, "checkpoint-30")]
 
 
 # bits per character -------------------------------------------------------------------------------------
@@ -488,15 +529,24 @@ def test_rotations_ask_the_rotated_items():
     answer = functools.partial(evaluation.score_letters, scored, tf.tokenizer(), batch=4)
     rows, scores = evaluation.rotate(answer, tf.ITEMS, 5)
     assert [{k: v for k, v in row.items() if k != "rotations"} for row in rows] == answer(tf.ITEMS)
+    shown = Counter()
     for shift in range(5):
-        turned = answer([mcq.rotated(item, shift) for item in tf.ITEMS])
-        for item, row, at_shift in zip(tf.ITEMS, rows, turned, strict=True):
+        asked = [(item, row) for item, row in zip(tf.ITEMS, rows, strict=True) if shift < 4 or "E" in item]
+        turned = answer([mcq.rotated(item, shift) for item, _ in asked])
+        shown.update(at_shift["predicted"] for at_shift in turned)
+        for (item, row), at_shift in zip(asked, turned, strict=True):
             chosen = row["rotations"][shift]
             assert item[chosen] == mcq.rotated(item, shift)[at_shift["predicted"]]
         right = sum(row["predicted"] == row["gold"] for row in turned)
-        assert scores["accuracies"][shift] == pytest.approx(right / 12)
-    assert scores["mean_accuracy"] == pytest.approx(sum(scores["accuracies"]) / 5)
-    assert sum(scores["shown"].values()) == 60 and scores["unparsed"] == 0
+        assert scores["accuracies"][shift] == pytest.approx(right / len(asked))
+    four = [row for item, row in zip(tf.ITEMS, rows, strict=True) if "E" not in item]
+    assert four and {len(row["rotations"]) for row in four} == {4}  # the fifth would be the first again
+    means = [sum(option == row["gold"] for option in row["rotations"]) / len(row["rotations"]) for row in rows]
+    assert scores["n"] == 5 and scores["mean_accuracy"] == pytest.approx(sum(means) / 12)
+    assert scores["shown"] == {letter: shown[letter] for letter in "ABCDE"}
+    assert sum(scores["shown"].values()) == 60 - len(four) and scores["unparsed"] == 0
+    only, of_four = evaluation.rotate(answer, [item for item in tf.ITEMS if "E" not in item], 5)
+    assert of_four["n"] == 4 and [row["rotations"] for row in only] == [row["rotations"] for row in four]
     once, alone = evaluation.rotate(answer, tf.ITEMS, 1)
     assert alone["consistency"] == 1 and alone["vote_accuracy"] == alone["mean_accuracy"]
     assert [row["rotations"] for row in once] == [[row["predicted"]] for row in rows]

@@ -7,6 +7,7 @@ import os
 import random
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch_fixtures as tf
@@ -62,10 +63,53 @@ def test_what_the_official_prompt_cannot_show_is_refused(tmp_path):
         harness.write_tasks(tmp_path, items, [], 0)
     with pytest.raises(PipelineError, match="--shots 2: doctor has 1 rows of five options"):
         harness.write_tasks(tmp_path, five(4), five(2), 2)
-    assert not list(tmp_path.glob("*.yaml"))
+    with pytest.raises(PipelineError, match="--shots 2: nurse has 1 rows of five options"):
+        harness.write_tasks(tmp_path, five(4), five(3), 2)
+    assert not list(tmp_path.iterdir())  # not even of the exam that has enough
+
+
+def test_a_question_that_stands_solved_in_its_own_prompt_is_left_out():
+    items = five(12)
+    turned = mcq.rotated(items[1], 2) | {"id": "nurse-1999-1-1", "question": items[1]["question"] + "  "}
+    fewshot = [items[4], turned, items[2], items[3]]  # doctor: 4, 2; nurse: 1 in other words and order, 3
+    for shots, left in ((0, set()), (1, {4, 1}), (2, {4, 1, 2, 3})):
+        kept = harness.without_shots(items, fewshot, shots)
+        assert kept == [item for i, item in enumerate(items) if i not in left]
+    other = {**items[4], "exam": "nurse"}  # another exam's prompts do not hold that shot
+    assert harness.without_shots([other, items[1]], fewshot, 1) == [other]
+    with pytest.raises(PipelineError, match="--shots 3: doctor has 2 rows"):
+        harness.without_shots(items, fewshot, 3)
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("metadata:\n  version: 3.0\n", None),
+        ("metadata:\n  version: 2.0\n", "2.0"),
+        ("a: 3.0\n", "none in "),
+        (None, "none in "),
+    ],
+)
+def test_another_version_of_the_task_is_found_in_its_file(monkeypatch, tmp_path, text, told):
+    origin = tmp_path / "lm_eval" / "__init__.py"
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: SimpleNamespace(origin=str(origin)))
+    if text:
+        records.write_text(origin.parent / "tasks" / "kormedmcqa" / "_template_yaml", text)
+    if told is None:
+        harness.require_task()
+        return
+    with pytest.raises(
+        PipelineError, match=rf"another version of the task \({told}.*this project knows 3.0; run: .venv"
+    ):
+        harness.require_task()
 
 
 # with it ------------------------------------------------------------------------------------------------
+
+
+@installed
+def test_the_installed_task_is_the_known_one():
+    harness.require_task()
 
 
 @pytest.fixture(scope="module")

@@ -646,6 +646,10 @@ def test_rotation_scores_by_hand():
     assert (found["vote_lower"], found["vote_upper"]) == mcq.wilson(2, 4)
     nothing = mcq.rotation_scores(["A"], [[None, None]])
     assert (nothing["consistency"], nothing["vote_accuracy"], nothing["unparsed"]) == (0, 0, 2)
+    ragged = mcq.rotation_scores(["A", "D"], [["A", "A", "A", "A"], ["D", "C", "E", "D", "A"]])
+    assert ragged["n"] == 5 and ragged["accuracies"] == [1, 0.5, 0.5, 1, 0]  # the last one of one item
+    assert ragged["mean_accuracy"] == (4 / 4 + 2 / 5) / 2
+    assert (ragged["consistency"], ragged["vote_accuracy"], ragged["unparsed"]) == (0.5, 1, 0)
     one = mcq.rotation_scores(["A", "B"], [["A"], ["A"]])
     assert (one["mean_accuracy"], one["vote_accuracy"], one["consistency"]) == (0.5, 0.5, 1)
 

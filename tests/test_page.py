@@ -436,7 +436,7 @@ def test_the_program_opens_the_test_split_once_for_the_same_models(paths, load_p
     monkeypatch.setitem(sys.modules, "validation_kor_med_test", types.SimpleNamespace(main=score))
     scored = types.SimpleNamespace
     monkeypatch.setattr(
-        report.evaluation, "candidates", lambda _, names: [scored(weights=lambda n=n: now[n]) for n in names]
+        report.evaluation, "candidates", lambda _, names: [scored(name=n, weights=lambda n=n: now[n]) for n in names]
     )
     main = load_program("report").main
     test, away = paths.mcq / "test.jsonl", paths.mcq / "away"

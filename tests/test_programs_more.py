@@ -10,11 +10,11 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 
-from medgemma_korean import cli, evaluation, profiles, records, training
+from medgemma_korean import cli, evaluation, profiles, records, stage, training
 from medgemma_korean.cli import PipelineError
 from medgemma_korean.paths import RunPaths
 from medgemma_korean.stage import vouch
@@ -50,6 +50,7 @@ loop = load("train/train_01_02_loop.py")
 inspect_batches = load("train/inspect_batches.py")
 plain_text = load("evaluate/validation_plain_text.py")
 mcq_test = load("evaluate/validation_kor_med_test.py")
+REAL_ANSWERS, REAL_REQUIRE_TASK = mcq_test.answers, mcq_test.harness.require_task
 
 
 # command lines ------------------------------------------------------------------------------------------
@@ -197,6 +198,9 @@ def test_items_and_names():
         ("dev", "--mode generate --reasoning --rotations 3", "dev-generate-reasoning-rotations3"),
         ("dev", "--mode harness --shots 5", "dev-harness-shots5"),
         ("dev", "--failed-questions --rotations 1", "dev-letter-checkpoints"),
+        ("dev", "--models 02 --precision auto", "dev-letter"),
+        ("dev", "--precision fp32", "dev-letter-fp32"),
+        ("dev", "--mode generate --max-new-tokens 9 --precision nf4", "dev-generate-tokens9-nf4"),
     ):
         assert mcq_test.label(split, mcq_test.make_parser().parse_args(argv.split())) == name
 
@@ -209,6 +213,7 @@ def test_items_and_names():
         ("--shots 5 --mode generate", "--shots goes with --mode harness"),
         ("--rotations 2 --mode harness", "--rotations goes with --mode letter or generate"),
         ("--failed-questions --final", "leave out --final"),
+        ("--failed-questions --models 01 02 01", "of one training; give one of --models 01 02$"),
     ],
 )
 def test_options_that_do_not_go_together(empty_root, argv, why):
@@ -269,6 +274,13 @@ def test_answers_of_another_file(tmp_path):
             mcq_test.earlier_answers(file, QUESTIONS, "bf16")
 
 
+def test_answers_whose_ids_are_numbers(tmp_path):
+    file, after = tmp_path / "a.jsonl", {"mcq": {"accuracy": 1.0}, "predictions": answers_of(QUESTIONS, right=6)}
+    records.write_jsonl(file, [{**row, "id": int(row["id"])} for row in answers_of(QUESTIONS)])
+    change = evaluation.compare_rows(mcq_test.earlier_answers(file, QUESTIONS, "8bit"), after)
+    assert (change["wrong_to_right"], change["right_to_wrong"]) == (3, 0)
+
+
 def test_answers_to_other_items_are_refused(tmp_path):
     file = tmp_path / "a.jsonl"
     reworded = [{**QUESTIONS[0], "question": "다른 질문"}, *QUESTIONS[1:]]
@@ -298,6 +310,175 @@ def test_a_file_without_answers_is_refused(tmp_path, content):
         mcq_test.earlier_answers(tmp_path / "b.json", QUESTIONS, "8bit")
     with pytest.raises(PipelineError, match="no such file"):
         mcq_test.earlier_answers(tmp_path / "c.jsonl", QUESTIONS, "8bit")
+
+
+# whole calls, with answers by hand -----------------------------------------------------------------------
+
+SOLVED = [{**item, "E": "마", "question": f"{item['question']} {exam}", "exam": exam, "id": f"{exam}{item['id']}"}
+          for exam in ("doctor", "nurse") for item in QUESTIONS]  # fmt: skip
+
+
+@pytest.fixture
+def by_hand(empty_root, monkeypatch):
+    """A run without models: `say` says what each answers right, by the number of items; `weights` what it is."""
+    paths = RunPaths.of("tiny", "data/sample")
+    say, weights = {"base": 3, "00": 4, "02": 6}, {}
+
+    class Model(evaluation.Candidate):
+        def weights(self):
+            return weights.get(self.name, "first")
+
+    def candidates(paths, names=None):
+        return [Model(name, empty_root / name, None) for name in names or say]
+
+    def answers(model, tokenizer, items, args, profile, tick, official):
+        rows = [{**row, "exam": item["exam"], "reason": "x"}
+                for item, row in zip(items, answers_of(items, say[model]), strict=True)]  # fmt: skip
+        return rows, {}
+
+    def touches(paths, split, items, built):
+        return {"checked": len(items), "sources": {}, "touched": list(say.get("touched", ()))}
+
+    for file in ("dev", "test"):
+        records.write_jsonl(paths.mcq / f"{file}.jsonl", SOLVED)
+    monkeypatch.setattr(evaluation, "require_held_out", lambda paths: None)
+    monkeypatch.setattr(evaluation, "candidates", candidates)
+    monkeypatch.setattr(evaluation, "loaded", lambda found, *_: ((one, one.name, None) for one in found))
+    monkeypatch.setattr(mcq_test, "answers", answers)
+    monkeypatch.setattr(mcq_test.contamination, "ledger", touches)
+    monkeypatch.setattr(mcq_test.harness, "require", lambda: "0.4.13")
+    monkeypatch.setattr(mcq_test.harness, "require_task", lambda: None)
+    monkeypatch.setattr(mcq_test.harness, "_template", lambda: empty_root / "template")
+    return SimpleNamespace(paths=paths, say=say, weights=weights, folder=paths.report / "validation")
+
+
+def test_shots_are_left_out_of_what_is_scored(by_hand, monkeypatch, capsys):
+    shots = [{**item, "id": f"shot{i}"} for i, item in enumerate([*SOLVED[:2], *SOLVED[6:8]])]
+    monkeypatch.setattr(mcq_test.harness, "shots_of", lambda paths: shots)
+    scored = []
+
+    def score(model, tokenizer, folder, tasks, items, *, shots, batch):
+        scored.append([item["id"] for item in items])
+        return [{**row, "exam": "doctor", "reason": "x"} for row in answers_of(items)], {"shots": shots}
+
+    monkeypatch.setattr(mcq_test, "answers", REAL_ANSWERS)
+    monkeypatch.setattr(mcq_test.harness, "score", score)
+    harness = ["--mode", "harness", "--models", "base"]
+    for argv, left in (
+        ([], None),
+        (["--shots", "1"], 2),
+        (["--shots", "2"], 4),
+        (["--shots", "1", "--limit", "7"], 2),
+    ):
+        assert mcq_test.main([*harness, *argv]) == 0
+        of = 12 - (left or 0)
+        name = "-".join(["dev-harness", *(f"{a[2:]}{b}" for a, b in zip(argv[::2], argv[1::2], strict=True))])
+        found = records.read_json(by_hand.folder / f"{name}.json")["models"]["base"]
+        assert found["harness"].get("left_out") == left and found["mcq"]["n"] == min(of, 7 if "--limit" in argv else of)
+        assert found.get("limit", {"of": of})["of"] == of
+        rows = [*records.read_jsonl(by_hand.folder / f"{name}-tasks" / "doctor-items.jsonl")]
+        rows += records.read_jsonl(by_hand.folder / f"{name}-tasks" / "nurse-items.jsonl")
+        assert {row["id"] for row in rows} == set(scored[-1])
+    assert scored[0] == [item["id"] for item in SOLVED]
+    assert scored[1] == [item["id"] for i, item in enumerate(SOLVED) if i not in (0, 6)]
+    assert scored[2] == [item["id"] for i, item in enumerate(SOLVED) if i not in (0, 1, 6, 7)]
+    assert len(scored[3]) == 7 and set(scored[3]) < set(scored[1])
+    assert capsys.readouterr().out.count("base: 2 questions left out: among the shots") == 2
+
+
+def summary_of(by_hand, *argv, name="dev-letter"):
+    """The models of a summary after one more call, by name: right answers, and what each was compared with."""
+    assert mcq_test.main(list(argv)) == 0
+    file = by_hand.folder / f"{name}.json"
+    found = records.read_json(file)["models"]
+    assert not stage.check_outputs(stage.record_beside(file))
+    outputs = records.read_json(stage.record_beside(file))["outputs"]
+    assert set(outputs) == {file.name, *(f"{name}-{model}.jsonl" for model in found)}
+    return {k: (v["mcq"]["correct"], v.get("against_first", {}).get("before")) for k, v in found.items()}
+
+
+def test_scores_of_earlier_calls_stay(by_hand, capsys):
+    whole = {"base": (3, None), "00": (4, "base"), "02": (6, "base")}
+    assert summary_of(by_hand) == whole
+    before = records.read_json(by_hand.folder / "dev-letter.json")
+    assert summary_of(by_hand, "--models", "02") == whole  # with its test, which is as true as before
+    assert records.read_json(by_hand.folder / "dev-letter.json") == before
+    assert "earlier scores of base, 00 stay in it" in capsys.readouterr().out
+    assert summary_of(by_hand, "--precision", "fp32", "--models", "00", name="dev-letter-fp32") == {"00": (4, None)}
+    assert records.read_json(by_hand.folder / "dev-letter.json") == before
+
+    by_hand.say["02"], by_hand.weights["02"] = 5, "second"  # trained again: no test of the new one was made
+    assert summary_of(by_hand, "--models", "02") == whole | {"02": (5, None)}
+    assert summary_of(by_hand, "--models", "00", "02") == whole | {"02": (5, "00")}
+    by_hand.say["one--x"] = 2
+    expected = {"base": (3, None), "00": (4, "base"), "02": (5, "00"), "one--x": (2, None)}
+    assert summary_of(by_hand, "--models", "one--x") == expected
+    by_hand.weights["base"] = "second"  # what 00 was compared with is gone
+    assert summary_of(by_hand, "--models", "base") == expected | {"00": (4, None)}
+    by_hand.weights["00"], by_hand.say["00"] = "second", 4
+    assert summary_of(by_hand, "--models", "00") == expected | {"00": (4, None), "02": (5, None)}
+
+    # A test against a file names it, and stays as long as its model.
+    base = str(by_hand.folder / "dev-letter-base.jsonl")
+    assert summary_of(by_hand, "--models", "02", "--against", base)["02"] == (5, None)
+    assert summary_of(by_hand, "--models", "base")["02"] == (5, None)
+    told = records.read_json(by_hand.folder / "dev-letter.json")["models"]["02"]["against_file"]
+    assert told["before"].endswith("dev-letter-base.jsonl") and told["accuracy_change"] == pytest.approx(2 / 12)
+
+
+def test_what_does_not_belong_together_does_not_stay(by_hand, monkeypatch, capsys):
+    file = by_hand.folder / "dev-letter.json"
+    assert list(summary_of(by_hand)) == ["base", "00", "02"]
+    assert "touched" in records.read_json(file)["models"]["base"]["contamination"]
+
+    by_hand.say["touched"] = [SOLVED[0]["id"]]  # the training text has changed
+    asked = "--models", "02"
+    assert list(summary_of(by_hand, *asked)) == ["base", "00", "02"]
+    found = records.read_json(file)["models"]
+    assert "contamination" not in found["base"] and found["02"]["contamination"]["touched"]["n"] == 1
+    del by_hand.say["touched"]
+
+    answers = by_hand.folder / "dev-letter-00.jsonl"
+    answers.write_text(answers.read_text() + "\n")  # as a call that was interrupted leaves it
+    assert list(summary_of(by_hand, *asked)) == ["base", "02"]
+    assert "earlier scores of 00 do not: other items, precision, or answers" in capsys.readouterr().out
+    (by_hand.folder / "dev-letter-base.jsonl").unlink()
+    assert summary_of(by_hand, *asked) == {"02": (6, None)}
+
+    summary_of(by_hand)
+    with monkeypatch.context() as patch:
+        patch.setattr(mcq_test.precision, "of_run", lambda *_: "bf16")
+        assert summary_of(by_hand, *asked) == {"02": (6, None)}
+        assert list(summary_of(by_hand, "--models", "base")) == ["02", "base"]
+    records.write_jsonl(by_hand.paths.mcq / "dev.jsonl", SOLVED[1:])
+    assert summary_of(by_hand, *asked) == {"02": (6, None)}
+    summary_of(by_hand)
+    records.write_json(file, {"split": "dev", "models": {}})
+    assert summary_of(by_hand, *asked) == {"02": (6, None)}
+    assert "is not as it was written; what it holds of other models is dropped" in capsys.readouterr().out
+    stage.record_beside(file).write_text("{")
+    assert summary_of(by_hand, "--models", "base") == {"base": (3, None)}
+
+
+@pytest.mark.parametrize(
+    ("argv", "why"),
+    [
+        ("--mode harness --shots 5", "--shots 5: doctor has 0 rows"),
+        ("--mode harness --exams nurse", "the official prompt has five options; 1 of the questions"),
+        ("--mode harness --exams doctor", "another version of the task"),
+        ("--device cuda:9", "CUDA devices; use cpu"),
+        ("--against nothing.jsonl", "no such file"),
+    ],
+)
+def test_a_slip_costs_no_look(by_hand, monkeypatch, argv, why):
+    records.write_jsonl(by_hand.paths.mcq / "test.jsonl", [*SOLVED[:-1], {**SOLVED[-1], "E": ""}])
+    if "version" in why:
+        monkeypatch.setattr(mcq_test.harness, "require_task", REAL_REQUIRE_TASK)
+    with pytest.raises(PipelineError, match=why):
+        mcq_test.main(["--final", *argv.split()])
+    assert not (by_hand.paths.report / "test_looks.json").exists()
+    assert mcq_test.main(["--final"]) == 0
+    assert len(records.read_json(by_hand.paths.report / "test_looks.json")) == 1
 
 
 def test_looks_are_counted(empty_root):
@@ -428,7 +609,7 @@ def test_interrupted_loop_ends_with_the_same_bytes(chain, monkeypatch):
 
 
 @pytest.mark.slow
-def test_validation_programs(chain, capsys):
+def test_validation_programs(chain, capsys, monkeypatch):
     models = ["--models", "base", "merged", str(chain.loop), str(chain.loop / "loop_1")]
     assert plain_text.main(models) == 0
     found = records.read_json(chain.report / "validation_plain_text.json")["models"]
@@ -443,6 +624,8 @@ def test_validation_programs(chain, capsys):
     assert summary["base"]["mcq"] == records.read_json(chain.scores("base"))["mcq"]
     assert "against_first" not in summary["base"] and summary["merged"]["against_first"]["before"] == "base"
     assert len(list(records.read_jsonl(chain.report / "validation" / "dev-letter-base.jsonl"))) == 30
+    assert mcq_test.main(["--models", "merged"]) == 0  # the others' scores stay
+    assert records.read_json(chain.report / "validation" / "dev-letter.json")["models"] == summary
 
     # Against the file of another call, in rotations: the numbers of the rows.
     base = str(chain.report / "validation" / "dev-letter-base.jsonl")
@@ -492,6 +675,14 @@ def test_validation_programs(chain, capsys):
         found = records.read_json(chain.report / "validation" / "dev-harness-limit3.json")["models"]["merged"]
         assert found["harness"]["micro"] == found["mcq"]["accuracy"] and found["protocol"] == "harness"
         assert found["harness"]["task_version"] == 3.0 and found["mcq"]["n"] == found["limit"]["n"] == 3
+        dev = evaluation.dev_items(chain)
+        with monkeypatch.context() as patch:  # the first question of each exam is its shot
+            patch.setattr(mcq_test.harness, "shots_of", lambda paths: dev)
+            assert mcq_test.main([*official, "--shots", "1"]) == 0
+        found = records.read_json(chain.report / "validation" / "dev-harness-shots1-limit3.json")["models"]["merged"]
+        left = len({item["exam"] for item in dev})
+        assert (found["harness"]["shots"], found["harness"]["left_out"]) == (1, left) and left > 1
+        assert (found["limit"]["n"], found["limit"]["of"]) == (3, len(dev) - left)
 
     # What a person can give wrongly, one message each.
     alone = chain.models / "copied" / "final"
@@ -519,7 +710,7 @@ def test_validation_programs(chain, capsys):
     generate = ["--mode", "generate", "--max-new-tokens", "4", "--limit", "5"]
     assert mcq_test.main(["--final", "--models", "merged", *generate]) == 0
     assert [entry["limit"] for entry in records.read_json(looks)] == [5]
-    answers = list(records.read_jsonl(chain.report / "validation" / "test-generate-limit5-merged.jsonl"))
+    answers = list(records.read_jsonl(chain.report / "validation" / "test-generate-limit5-tokens4-merged.jsonl"))
     assert len(answers) == 5 and all("output" in row and row["reason"] for row in answers)
 
 

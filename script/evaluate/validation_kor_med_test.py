@@ -17,8 +17,9 @@ Writes  model/report/<name>/validation/<split>-<mode>[...].json and a .jsonl of 
 Letter mode takes the option letter with the highest log-probability; generate mode lets the model answer and extracts
 the letter, and what has none counts as wrong; harness mode is the official protocol through lm-evaluation-harness,
 which is not installed with the project (pip install 'lm_eval>=0.4.13'). All models see the same items in the same
-precision; the first one is what the others are compared with (exact McNemar), or the answers of --against. Choose on
-dev: every look at test is counted.
+precision; the first one is what the others are compared with (exact McNemar), or the answers of --against. A file has
+the scores of all models that were asked the same, also in several calls. Questions that are among the --shots are left
+out: dev holds the official ones. Choose on dev: every look at test is counted.
 """
 
 from __future__ import annotations
@@ -30,13 +31,13 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from medgemma_korean import batches, cli, contamination, evaluation, harness, mcq, precision, prompts, records
 from medgemma_korean.cli import PipelineError, log
 from medgemma_korean.paths import RunPaths, show
 from medgemma_korean.profiles import ModelProfile
-from medgemma_korean.stage import vouch, vouched
+from medgemma_korean.stage import changed_files, read_record, record_beside, vouch, vouched
 from medgemma_korean.statistics import wilson
 from medgemma_korean.ticker import Ticker
 
@@ -44,6 +45,7 @@ PROGRAM = "validation_kor_med_test"
 ANSWERS = f"a .jsonl of {PROGRAM} or an evaluation.json"
 SEED = 17
 ANSWER_TOKENS = 64  # generate mode: a bare letter needs 2; an untrained model may add its option and a sentence
+CONTAMINATION = ("checked", "sources", "touched")  # of the ledger, what a summary repeats
 REASONING_TOKENS = 1024  # about twice the longest rationale that is trained
 
 
@@ -58,10 +60,15 @@ def chosen_items(
 
 
 def label(split: str, args: argparse.Namespace) -> str:
-    """The files' name: a part of a split, or another way to ask, never overwrites the scores of the whole."""
+    """The files' name: a part of a split, or another way to ask, never overwrites the scores of the whole.
+
+    Which models were asked for is not in it: one file has the scores of all of them (`with_earlier`).
+    """
     parts = [split, args.mode, *(["reasoning"] if args.reasoning else []), *sorted(set(args.exams or ()))]
     parts += [f"{name}{number}" for name, number in (("shots", args.shots), ("limit", args.limit)) if number]
     parts += [f"rotations{args.rotations}"] if args.rotations > 1 else []
+    parts += [f"tokens{args.max_new_tokens}"] if args.max_new_tokens else []
+    parts += [args.precision] if args.precision != "auto" else []
     return "-".join(parts + (["checkpoints"] if args.failed_questions else []))
 
 
@@ -106,7 +113,8 @@ def earlier_answers(file: Path, items: Sequence[Mapping[str, Any]], asked: str) 
     rows = whole["predictions"]
     if not rows or not all(isinstance(row, dict) and {"id", "gold", "predicted"} <= row.keys() for row in rows):
         raise PipelineError(f"--against {show(file)}: no answers there; give {ANSWERS}")
-    theirs, ours = {str(row["id"]): row for row in rows}, {item["id"]: item for item in items}
+    rows = [{**row, "id": str(row["id"])} for row in rows]  # another program's file may have numbers
+    theirs, ours = {row["id"]: row for row in rows}, {item["id"]: item for item in items}
     other = theirs.keys() ^ ours.keys()
     other |= {i for i in theirs.keys() & ours.keys() if theirs[i].get("item", digest(ours[i])) != digest(ours[i])}
     other |= {i for i in theirs.keys() & ours.keys() if theirs[i]["gold"] != ours[i]["answer"]}
@@ -114,7 +122,7 @@ def earlier_answers(file: Path, items: Sequence[Mapping[str, Any]], asked: str) 
         raise PipelineError(
             f"--against {show(file)}: holds other items ({len(rows)} there, {len(items)} here, {len(other)} differ"
             + (f", such as {min(other)}" if other else "")
-            + "); compare answers to the same split, --exams and --limit"
+            + "); compare answers to the same split, --exams, --limit and --shots"
         )
     was = whole.get("precision", rows[0].get("precision", asked))
     if was != asked:
@@ -168,6 +176,8 @@ def details(found: dict[str, Any]) -> list[str]:
         lines.append(f"reasoning: format {reasoned['format']:.2f}, with the answer {reasoned['combined']:.2f}")
     if found.get("cut_off"):
         lines.append(f"{cli.count(found['cut_off'], 'answer')} cut off at --max-new-tokens {found['max_new_tokens']}")
+    if left := found.get("harness", {}).get("left_out"):
+        lines.append(f"{cli.count(left, 'question')} left out: among the shots, so solved in the prompt")
     if limit := found.get("limit"):
         lines.append(
             f"{limit['n']} of {limit['of']} items: the interval is ±{100 * limit['half_width']:.1f} points, "
@@ -197,7 +207,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--limit", type=cli.positive_int, metavar="N", help="only N items, drawn by a fixed seed")
     parser.add_argument(
         "--rotations", type=int, choices=range(1, 6), default=1, metavar="N",
-        help="ask every item N times, its options rotated (1 to 5; default: 1)",
+        help="ask every item N times, its options rotated (1 to 5; four options have 4; default: 1)",
     )  # fmt: skip
     parser.add_argument("--reasoning", action="store_true", help="generate mode: ask for reasoning first")
     parser.add_argument(
@@ -218,17 +228,31 @@ def make_parser() -> argparse.ArgumentParser:
 
 def require_options(args: argparse.Namespace) -> None:
     """Raise PipelineError for options that do not go together, and for a harness that is not there."""
+    models = list(dict.fromkeys(args.models or ()))
     wrong = [
         ("--reasoning goes with --mode generate", args.reasoning and args.mode != "generate"),
         ("--max-new-tokens goes with --mode generate", args.max_new_tokens and args.mode != "generate"),
         ("--shots goes with --mode harness", args.shots and args.mode != "harness"),
         ("--rotations goes with --mode letter or generate", args.rotations > 1 and args.mode == "harness"),
         ("--failed-questions looks at dev alone; leave out --final", args.failed_questions and args.final),
+        (
+            f"--failed-questions counts over the checkpoints of one training; give one of --models {' '.join(models)}",
+            args.failed_questions and len(models) > 1,
+        ),
     ]
     if problems := [text for text, is_wrong in wrong if is_wrong]:
         raise PipelineError("; ".join(problems))
     if args.mode == "harness":
         harness.require()
+        harness.require_task()
+
+
+class Official(NamedTuple):
+    """What harness mode scores: the folder of its task files, the tasks' names, and how many items were shots."""
+
+    folder: Path
+    tasks: list[str]
+    left_out: int
 
 
 def answers(
@@ -238,15 +262,14 @@ def answers(
     args: argparse.Namespace,
     profile: ModelProfile,
     tick: Ticker,
-    tasks: tuple[Path, list[str]] | None,
+    official: Official | None,
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """The rows of all items in the mode of the call, and what the mode adds to the result."""
-    if tasks is not None:
-        folder, names = tasks
-        found, official = harness.score(
-            model, tokenizer, folder, names, items, shots=args.shots, batch=profile.score_batch
+    if official is not None:
+        found, told = harness.score(
+            model, tokenizer, official.folder, official.tasks, items, shots=args.shots, batch=profile.score_batch
         )
-        return found, {"harness": official}
+        return found, {"harness": told | ({"left_out": official.left_out} if args.shots else {})}
     if args.mode == "letter":
         answer = functools.partial(evaluation.score_letters, model, tokenizer, batch=profile.score_batch, tick=tick)
     else:
@@ -285,24 +308,22 @@ def score(
     asked: str,
     first: dict[str, Any] | None,
     touched: Sequence[str],
+    official: Official | None,
+    device: str,
 ) -> dict[str, dict[str, Any]]:
     """Score every model of the call and write its answers; returns the results with them.
 
     of: how many items there are without --limit. first: what --against gave. touched: items in the training text.
+    official: the tasks of harness mode.
     """
     from medgemma_korean import modeling
 
     modeling.set_up_torch(SEED)
     name, given = label(split, args), first is not None
-    tasks = None
-    if args.mode == "harness":
-        folder = validation_folder(paths) / f"{name}-tasks"
-        shots = harness.shots_of(paths) if args.shots else []
-        tasks = folder, harness.write_tasks(folder, items, shots, args.shots)
     results = {}
-    for candidate, model, tokenizer in evaluation.loaded(candidates, profile, modeling.pick_device(args.device), asked):
+    for candidate, model, tokenizer in evaluation.loaded(candidates, profile, device, asked):
         with Ticker(candidate.name) as tick:
-            predictions, more = answers(model, tokenizer, items, args, profile, tick, tasks)
+            predictions, more = answers(model, tokenizer, items, args, profile, tick, official)
         del model  # room for the next
         assert [row["id"] for row in predictions] == [item["id"] for item in items], "items were lost"
         result = {
@@ -333,6 +354,52 @@ def score(
             log.info("%s: %s", candidate.name, line)
         results[candidate.name] = {**result, "predictions": predictions}
     return results
+
+
+def with_earlier(file: Path, new: dict[str, dict[str, Any]], known: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The results of this call, and those of other models that an earlier one left in the summary `file`.
+
+    Kept is what has the same items and precision, its answers still as they were written; and a McNemar test while
+    both of its models have the scores that it compared. known: the contamination of the split as it is now.
+    """
+    try:
+        written = (read_record(record_beside(file)) or {}).get("outputs", {})
+    except PipelineError:  # a damaged record vouches for nothing
+        written = {}
+
+    def whole(name: str) -> bool:
+        return name in written and not changed_files({name: written[name]}, file.parent)
+
+    if not whole(file.name):
+        if file.is_file():
+            log.warning("%s is not as it was written; what it holds of other models is dropped", show(file))
+        return new
+    earlier, first = records.read_json(file), next(iter(new.values()))
+    was = earlier["models"]
+    same = {name for name, old in was.items() if all(old.get(key) == first[key] for key in ("items", "precision"))}
+    kept = {name for name in same - new.keys() if whole(f"{file.stem}-{name}.jsonl")}
+    merged = {name: new[name] if name in new else was[name] for name in [*was, *new] if name in kept | new.keys()}
+
+    def holds(name: str) -> bool:
+        return name in same & merged.keys() and all(was[name].get(k) == merged[name].get(k) for k in ("weights", "mcq"))
+
+    for name in same & merged.keys():
+        change = was[name].get("against_first")
+        if change and holds(name) and holds(change["before"]):
+            if "against_file" not in merged[name]:
+                merged[name].setdefault("against_first", change)
+        elif name in kept:
+            merged[name].pop("against_first", None)
+    if any(earlier.get("contamination", {}).get(key) != known[key] for key in CONTAMINATION):
+        for name in kept:
+            merged[name].pop("contamination", None)  # other items are clean and touched now
+    for names, what in (
+        (kept, "stay in it"),
+        (was.keys() - merged.keys(), "do not: other items, precision, or answers"),
+    ):
+        if names:
+            log.info("%s: earlier scores of %s %s", show(file), ", ".join(name for name in was if name in names), what)
+    return merged
 
 
 def validation_folder(paths: RunPaths) -> Path:
@@ -371,17 +438,30 @@ def main(argv: list[str] | None = None) -> int:
     cli.start_logging(paths, PROGRAM)
     require_options(args)
     evaluation.require_held_out(paths)
-    # Wrong names and files are found before the look, so that a slip costs none.
-    checkpoints = evaluation.checkpoints_of(paths, args.models) if args.failed_questions else {}
+    # What a person can give wrongly is found before the look, so that a slip costs none.
+    training = args.models[0] if args.models else None
+    checkpoints = evaluation.checkpoints_of(paths, training) if args.failed_questions else {}
     candidates = [found for found, _ in checkpoints.values()] or evaluation.candidates(paths, args.models)
     split = "test" if args.final else "dev"
     whole = mcq.read_items(paths.mcq / f"{split}.jsonl", also=("id", "exam"))
-    items = chosen_items(whole, args.exams, args.limit)
+    wanted = chosen_items(whole, args.exams, None)
+    fewshot = harness.shots_of(paths) if args.shots else []
+    scored = harness.without_shots(wanted, fewshot, args.shots)
+    items = chosen_items(scored, None, args.limit)
     if not items:
         raise PipelineError(f"{show(paths.mcq / f'{split}.jsonl')}: no questions; nothing could be scored")
     asked = precision.of_run(args.precision, paths, profile)
     first = earlier_answers(Path(args.against).expanduser(), items, asked) if args.against else None
     known = contamination.ledger(paths, split, whole, built=profile.tiny is not None)
+    official = None
+    if args.mode == "harness":
+        folder = validation_folder(paths) / f"{label(split, args)}-tasks"
+        tasks = harness.write_tasks(folder, items, fewshot, args.shots)
+        official = Official(folder, tasks, len(wanted) - len(scored))
+
+    from medgemma_korean import modeling
+
+    device = modeling.pick_device(args.device)
     looks = None
     file = validation_folder(paths) / f"{label(split, args)}.json"
     if args.final:
@@ -390,20 +470,21 @@ def main(argv: list[str] | None = None) -> int:
         looks = count_look(paths, file, program=PROGRAM, models=weights, **how)
         log.warning("look %d at the test split of run %s", looks, paths.name)
 
-    of = len(chosen_items(whole, args.exams, None))
-    results = score(args, profile, paths, candidates, items, of, split, asked, first, known["touched"])
+    given = (split, asked, first, known["touched"], official, device)
+    results = score(args, profile, paths, candidates, items, len(scored), *given)
     summary = {
         "split": split,
         "mode": args.mode,
         "exams": args.exams,
         "limit": args.limit,
         "test_looks": looks,
-        "against": args.against,
-        "contamination": {key: known[key] for key in ("checked", "sources", "touched")},
+        "contamination": {key: known[key] for key in CONTAMINATION},
         "models": {name: {k: v for k, v in found.items() if k != "predictions"} for name, found in results.items()},
     }
+    if not args.failed_questions:  # those are of one training, and of one call
+        summary["models"] = with_earlier(file, summary["models"], known)
     records.write_json(file, summary)
-    answers = [file.with_name(f"{file.stem}-{name}.jsonl") for name in results]
+    answers = [file.with_name(f"{file.stem}-{name}.jsonl") for name in summary["models"]]
     vouch(PROGRAM, [file, *answers], time.monotonic() - begun)
     if args.failed_questions:
         write_failed(paths, results, checkpoints, items)

@@ -122,7 +122,7 @@ def candidates(paths: RunPaths, wanted: Sequence[str] | None = None) -> list[Can
     """The models of those names (base extended 00 01 merged 02 loop), folders or hub ids; by default all of the run's.
 
     A folder is a trained one, an adapter inside one, one with base/ and adapter/, or a base. A hub id is fetched where
-    it is not here. Raises PipelineError naming every model that is not there.
+    it is not here. Raises PipelineError naming every model that is not there, or has another one's name.
     """
     named = run_folders(paths)
     found: dict[str, Candidate] = {}
@@ -137,7 +137,11 @@ def candidates(paths: RunPaths, wanted: Sequence[str] | None = None) -> list[Can
                     raise PipelineError(f"no such model; give {' '.join(named)}, a folder, or a hub id")
                 folder = base_model.of_hub(paths, name)
             candidate = _candidate(paths, name if name in named else _name_of(paths, folder), folder)
-            found[candidate.name] = candidate
+            other = found.setdefault(candidate.name, candidate)
+            if other != candidate:  # answers and scores lie under the name
+                raise PipelineError(
+                    f"both it and {show(other.adapter or other.base)} would be called {other.name}; rename a folder"
+                )
         except PipelineError as error:
             problems.append(f"--models {name}: {error}")
     if problems:
@@ -163,33 +167,35 @@ def _candidate(paths: RunPaths, name: str, folder: Path) -> Candidate:
 
 
 def _name_of(paths: RunPaths, folder: Path) -> str:
-    inside = folder.relative_to(paths.models).parts if folder.is_relative_to(paths.models) else (folder.name,)
-    return "-".join(inside)
+    """What a folder is called beside the run's own models: never a name of theirs, nor one that a label ends in."""
+    inside = folder.relative_to(paths.models).parts if folder.is_relative_to(paths.models) else ()
+    return "-".join(inside) if len(inside) > 1 else f"{folder.parent.name}--{folder.name}"
 
 
-def checkpoints_of(paths: RunPaths, wanted: Sequence[str] | None = None) -> dict[str, tuple[Candidate, int]]:
+def checkpoints_of(paths: RunPaths, wanted: str | None = None) -> dict[str, tuple[Candidate, int]]:
     """Every adapter that a training has kept, with its step, in the order of the steps; of the last one by default.
 
-    wanted: trained folders, or the names of the run's (00, 01, 02). Adapters are `checkpoint-N` and `final`, which is
-    the best of them. Raises PipelineError where there is none.
+    wanted: a trained folder, or the name of the run's (00, 01, 02, loop). Adapters are `checkpoint-N` and `final`,
+    which is the best of them. Raises PipelineError where there is none.
     """
     trained = {"02": paths.trained_02, "loop": paths.loop, "01": paths.trained_01, "00": paths.trained_00}
     present = [name for name, folder in trained.items() if read_record(folder / RECORD_NAME) is not None]
-    if not (names := wanted or present[:1]):
+    if not wanted and not present:
         raise PipelineError(
             f"run {paths.name} has trained nothing yet; run: ./run_full_pipeline.sh --model {paths.model}"
         )
-    found: dict[str, tuple[Candidate, int]] = {}
-    for name in names:
-        folder = trained.get(name, Path(name).expanduser().resolve())
-        if not (folder / "training_info.json").is_file():
-            raise PipelineError(f"--models {name}: not the folder of a training, which has checkpoints")
-        base, label = chain.of_folder(paths, folder).base, name if name in trained else _name_of(paths, folder)
-        steps = {int(p.name.split("-")[1]): p for p in folder.glob("checkpoint-*") if (p / _ADAPTER).is_file()}
-        steps.setdefault(records.read_object(folder / "training_info.json", "best_step")["best_step"], folder / "final")
-        for step, adapter in sorted(steps.items()):
-            found[f"{label}-step{step}"] = (Candidate(f"{label}-step{step}", base, adapter), step)
-    return found
+    name = wanted or present[0]
+    folder = trained.get(name, Path(name).expanduser().resolve())
+    if not (folder / "training_info.json").is_file():
+        raise PipelineError(f"--models {name}: not the folder of a training, which has checkpoints")
+    base, label = chain.of_folder(paths, folder).base, name if name in trained else _name_of(paths, folder)
+    # A person's copy beside them (checkpoint-backup, checkpoint-30-old) is none of the training's.
+    numbered = [
+        (p.name.removeprefix("checkpoint-"), p) for p in folder.glob("checkpoint-*") if (p / _ADAPTER).is_file()
+    ]
+    steps = {int(number): p for number, p in numbered if number.isdecimal()}
+    steps.setdefault(records.read_object(folder / "training_info.json", "best_step")["best_step"], folder / "final")
+    return {f"{label}-step{n}": (Candidate(f"{label}-step{n}", base, steps[n]), n) for n in sorted(steps)}
 
 
 _ADAPTER = "adapter_model.safetensors"
@@ -373,19 +379,22 @@ Answers = Callable[[Sequence[Mapping[str, Any]]], list[dict[str, Any]]]
 
 
 def rotate(answer: Answers, items: Sequence[Mapping[str, Any]], number: int) -> tuple[list[dict[str, Any]], dict]:
-    """Answer the items in `number` rotations of their options.
+    """Answer the items in `number` rotations of their options; one of four options in its four, where more are asked.
 
     answer: `score_letters` or `generate_letters` of a model, as a function of the items. Returns the rows of the
-    unrotated items, each with "rotations" (the option chosen at each shift, under its own letter), and the scores
-    (`mcq.rotation_scores`) with "shown": how often each position was chosen over all rotations.
+    unrotated items, each with "rotations" (the option chosen at each of its shifts, under its own letter), and the
+    scores (`mcq.rotation_scores`) with "shown": how often each position was chosen over all rotations.
     """
     rows = answer(items)
     chosen = [[row["predicted"]] for row in rows]
     shown = Counter(row["predicted"] for row in rows)
     for shift in range(1, number):
-        for item, options, row in zip(items, chosen, answer([mcq.rotated(item, shift) for item in items]), strict=True):
+        asked = [i for i, item in enumerate(items) if shift < len(prompts.letters_of(item))]
+        if not asked:
+            break
+        for i, row in zip(asked, answer([mcq.rotated(items[i], shift) for i in asked]), strict=True):
             shown[row["predicted"]] += 1
-            options.append(mcq.chosen_option(item, row["predicted"], shift))
+            chosen[i].append(mcq.chosen_option(items[i], row["predicted"], shift))
     scores = mcq.rotation_scores([item["answer"] for item in items], chosen)
     scores["shown"] = {letter: shown[letter] for letter in prompts.LETTERS}
     return [{**row, "rotations": options} for row, options in zip(rows, chosen, strict=True)], scores

@@ -47,12 +47,50 @@ def require() -> str:
     return version
 
 
+def require_task() -> None:
+    """Raise PipelineError unless the installed task is the version that this project knows, by its file."""
+    file = _template()
+    found = re.search(r"^\s+version:\s*([\d.]+)\s*$", file.read_text("utf-8") if file.is_file() else "", re.MULTILINE)
+    if not found or float(found[1]) != TASK_VERSION:
+        raise _other_version(found[1] if found else f"none in {show(file)}")
+
+
+def _other_version(found: Any) -> PipelineError:
+    return PipelineError(
+        f"--mode harness: the harness has another version of the task ({found}); this project knows {TASK_VERSION}; "
+        f"run: .venv/bin/pip install '{REQUIREMENT}'"
+    )
+
+
 def shots_of(paths: RunPaths) -> list[dict[str, Any]]:
     """The official shots, raw fewshot rows in their order; empty where the data have none."""
     from medgemma_korean.text.clean import normalise_line
 
     file = paths.raw_mcq / "fewshot.jsonl"
     return mcq.read_raw_items(file, normalise_line) if file.is_file() else []
+
+
+def without_shots(
+    items: Sequence[Mapping[str, Any]], fewshot: Sequence[Mapping[str, Any]], shots: int
+) -> list[Mapping[str, Any]]:
+    """The items that do not stand, solved, in their own prompt: dev holds the rows of fewshot.
+
+    Raises PipelineError where an exam of the items has fewer rows of fewshot than `shots`.
+    """
+    exams = sorted({item["exam"] for item in items})
+    shown = {(exam, mcq.item_key(shot)) for exam in exams for shot in _shots(fewshot, exam, shots)[:shots]}
+    return [item for item in items if (item["exam"], mcq.item_key(item)) not in shown]
+
+
+def _shots(fewshot: Sequence[Mapping[str, Any]], exam: str, shots: int) -> list[Mapping[str, Any]]:
+    """The rows that an exam's shots are taken from, the first ones first."""
+    own = [item for item in fewshot if item["exam"] == exam and len(prompts.letters_of(item)) == len(prompts.LETTERS)]
+    if len(own) < shots:
+        raise PipelineError(
+            f"--shots {shots}: {exam} has {len(own)} rows of five options in fewshot.jsonl; give fewer, or fetch it "
+            "with download_02_kor_med_test.py"
+        )
+    return own
 
 
 def write_tasks(
@@ -68,17 +106,15 @@ def write_tasks(
             f"--mode harness: the official prompt has five options; {len(lacking)} of the questions have fewer, first "
             f"{lacking[0]}; use --mode letter or generate, or other --exams"
         )
+    own = {exam: _shots(fewshot, exam, shots) for exam in sorted({item["exam"] for item in items})}
     names = []
-    for exam in sorted({item["exam"] for item in items}):
-        own = [item for item in fewshot if item["exam"] == exam and len(prompts.letters_of(item)) == 5]
-        if len(own) < shots:
-            raise PipelineError(f"--shots {shots}: {exam} has {len(own)} rows of five options in fewshot.jsonl")
+    for exam in own:
         name = re.sub(r"\W", "_", exam)
         files = {"test": folder / f"{name}-items.jsonl"}
         records.write_jsonl(files["test"], [_row(item) for item in items if item["exam"] == exam])
         if shots:
             files["fewshot"] = folder / f"{name}-fewshot.jsonl"
-            records.write_jsonl(files["fewshot"], map(_row, own))
+            records.write_jsonl(files["fewshot"], map(_row, own[exam]))
         names.append(f"kormedmcqa_{name}")
         records.write_text(folder / f"{names[-1]}.yaml", _task(names[-1], files))
     return names
@@ -90,9 +126,12 @@ def _row(item: Mapping[str, Any]) -> dict[str, Any]:
     return {**shown, "answer": prompts.LETTERS.index(item["answer"]) + 1}
 
 
+def _template() -> Path:
+    return Path(importlib.util.find_spec("lm_eval").origin).parent.joinpath(*_TEMPLATE)
+
+
 def _task(name: str, files: Mapping[str, Path]) -> str:
-    template = Path(importlib.util.find_spec("lm_eval").origin).parent.joinpath(*_TEMPLATE)
-    lines = [f"include: {json.dumps(str(template))}", f"task: {name}", "dataset_path: json", "dataset_name: null"]
+    lines = [f"include: {json.dumps(str(_template()))}", f"task: {name}", "dataset_path: json", "dataset_name: null"]
     lines += ["dataset_kwargs:", "  data_files:"]
     lines += [f"    {split}: {json.dumps(str(file.resolve()), ensure_ascii=False)}" for split, file in files.items()]
     if "fewshot" not in files:
@@ -153,7 +192,7 @@ def score(
         tokenizer.padding_side = side
     versions = {name: found["versions"][name] for name in tasks}
     if wrong := {name: v for name, v in versions.items() if float(v) != TASK_VERSION}:
-        raise PipelineError(f"the harness has another version of the task ({wrong}); this project knows {TASK_VERSION}")
+        raise _other_version(wrong)
     rows: dict[str, dict[str, Any]] = {}
     for sample in (sample for name in tasks for sample in found["samples"][name]):
         letter, doc = sample["filtered_resps"][0] or None, sample["doc"]

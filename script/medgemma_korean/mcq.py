@@ -7,6 +7,7 @@ counts as unparsed, with a reason, and unparsed counts as wrong.
 
 from __future__ import annotations
 
+import math
 import re
 import unicodedata
 from collections import Counter
@@ -481,20 +482,22 @@ def chosen_option(item: Mapping[str, Any], letter: str | None, shift: int) -> st
 def rotation_scores(golds: Sequence[str], chosen: Sequence[Sequence[str | None]]) -> dict[str, Any]:
     """Scores over rotations of the options: chosen[i][s] is the option (`chosen_option`) of item i at shift s.
 
-    Returns n (rotations), accuracies (by shift), mean_accuracy, consistency (share of items whose option, not letter,
-    is the same at every shift; one without an answer is not consistent), vote_accuracy with lower and upper (Wilson
-    95 %), and unparsed. The vote is for the commonest option, of equals for the one that came first.
+    Items may differ in their number of rotations, from shift 0 on: one of four options has no fifth.
+    Returns n (the most rotations of an item), accuracies (by shift, of the items that have it), mean_accuracy (each
+    item's own mean counts once), consistency (share of items whose option, not letter, is the same at every shift; one
+    without an answer is not consistent), vote_accuracy with lower and upper (Wilson 95 %), and unparsed. The vote is
+    for the commonest option, of equals for the one that came first.
     """
-    n, items = len(chosen[0]), len(golds)
+    n, items = max(map(len, chosen)), len(golds)
     rights = [[option == gold for option in options] for gold, options in zip(golds, chosen, strict=True)]
     votes = [vote(options) for options in chosen]
     right = sum(option == gold for gold, option in zip(golds, votes, strict=True))
     lower, upper = wilson(right, items)
-    accuracies = [sum(row[shift] for row in rights) / items for shift in range(n)]
+    at_shift = [[row[shift] for row in rights if shift < len(row)] for shift in range(n)]
     return {
         "n": n,
-        "accuracies": accuracies,
-        "mean_accuracy": sum(map(sum, rights)) / (n * items),
+        "accuracies": [sum(found) / len(found) for found in at_shift],
+        "mean_accuracy": math.fsum(sum(row) / len(row) for row in rights) / items,
         "consistency": sum(options[0] is not None and len(set(options)) == 1 for options in chosen) / items,
         "vote_correct": right,
         "vote_accuracy": right / items,

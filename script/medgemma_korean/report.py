@@ -189,12 +189,16 @@ SPLITS = ("dev", "test")
 
 
 def test_scores_stand(paths: RunPaths, models: Sequence[str]) -> bool:
-    """Whether the report's own scores of the test split are there, of these models as they are now."""
+    """Whether the report's own scores of the test split are there, of these models as they are now.
+
+    models: as `evaluation.candidates` takes them. Raises PipelineError as that does.
+    """
     file = paths.report / "validation" / "test-letter.json"
     if not vouched(file):
         return False
     known = records.read_object(file, "models", repair="move it away")["models"]
-    return known.keys() >= set(models) and not set(outdated(paths, known)) & set(models)
+    now = evaluation.candidates(paths, models)
+    return all(known.get(model.name, {}).get("weights") == model.weights() for model in now)
 
 
 def test_looks(paths: RunPaths) -> int:
