@@ -398,6 +398,27 @@ def test_the_page_of_two_runs_says_why_there_is_no_test(paths):
     assert "another precision" in "".join(parsed.text) and parsed.tables[0][1][1][4:] == ["", "", ""]
 
 
+def test_both_pages_say_which_numbers_do_not_compare(paths):
+    run = second_run(paths)
+    for place, digest in ((paths, "old"), (run, "new")):
+        file = place.trained_02 / "evaluation.json"
+        records.write_json(file, records.read_json(file) | {"items": digest, "texts": {"english": digest}})
+    made = page.compare_page([paths, run], "c.json")
+    page.write(made, run.report / "c.html", run.report / "c.json")
+    parsed = check_numbers(made, run.report)
+    accuracy, bits = (rows for _, rows in parsed.tables)
+    assert accuracy[2][3:] == ["", "", "", ""] and "→" in bits[2][1] and "→" not in bits[2][3]
+    assert "other texts" in bits[2][3]
+    assert "bits per character (english) are of other held-out texts" in "".join(parsed.text)
+    # within one run, base and 02
+    records.write_json(paths.scores("base"), records.read_json(paths.scores("base")) | {"texts": {"english": "base"}})
+    made = page.run_page(paths, tf.profile())
+    page.write(made, paths.report / "index.html", paths.report / "summary.json")
+    said = "".join(check_numbers(made, paths.report).text)
+    assert "Scored on different held-out texts (english)" in said and said.count("not comparable") == 2
+    assert made.summary["change"]["bits_per_character"]["english"] is None
+
+
 # the program --------------------------------------------------------------------------------------------
 
 

@@ -5,7 +5,7 @@ import re
 
 import pytest
 import torch_fixtures as tf
-from report_fixtures import NAMES, evaluation_of, whole_run
+from report_fixtures import NAMES, evaluation_of, record_of, whole_run
 
 from medgemma_korean import records, report
 from medgemma_korean.cli import PipelineError
@@ -159,6 +159,43 @@ def test_runs_that_cannot_be_paired_say_why(paths, alter, word):
     entry = report.compared([paths, run])["stages"]["02"]
     assert entry["paired"] is None and word in entry["not_paired"]
     assert report.compared_rows(report.compared([paths, run]))[1][4] == "not comparable"
+
+
+def test_numbers_of_other_texts_and_items_are_not_subtracted(paths):
+    run = other(paths)
+    for place, digest in ((paths, "old"), (run, "new")):
+        file = place.trained_02 / "evaluation.json"
+        texts = {"korean": "same", "medical": "same", "english": digest}
+        records.write_json(file, records.read_json(file) | {"texts": texts})
+    found = report.compared([paths, run])
+    entry, row = found["stages"]["02"], report.compared_rows(found)[1]
+    change = entry["change"]
+    assert change["bits_per_character"]["english"] is None and change["bits_per_character"]["korean"] is not None
+    assert change["accuracy"] == pytest.approx(8 / 60) and entry["paired"]["p"] == 2 / 2**8  # the answers are pairs
+    assert len(change["not_compared"]) == 1 and "(english)" in change["not_compared"][0]
+    assert "->" in row[5] and "->" not in row[7] and "other texts" in row[7]
+    file = run.trained_02 / "evaluation.json"
+    records.write_json(file, records.read_json(file) | {"items": "others"})
+    found = report.compared([paths, run])
+    change = found["stages"]["02"]["change"]
+    assert change["accuracy"] is None and "dev questions" in change["not_compared"][0]
+    assert report.compared_rows(found)[1][3] == "other questions"
+    # the other stage was scored before texts were recorded, of which nothing is said
+    assert found["stages"]["base"]["change"]["not_compared"] == []
+
+
+def test_runs_beside_each_other_were_scored_on_the_same_texts(paths):
+    runs = [paths, whole_run("other")]
+    for run, digest in zip(runs, "ab", strict=True):
+        records.write_json(run.trained_00 / RECORD_NAME, {**record_of("00", 2), "counts": {"korean_characters": 99}})
+        records.write_json(run.tokenizer / "tokenizer_info.json", {"new_tokens": 1024})
+        for file in (run.scores("extended"), run.trained_00 / "evaluation.json"):
+            scores = records.read_json(file)
+            assert "texts" not in scores
+            records.write_json(file, scores | {"texts": {"korean": digest, "english": "same"}})
+    assert [row[0] for row in report.beside(runs[:1])] == ["tiny, before", "tiny, after"]
+    with pytest.raises(PipelineError, match=r"different held-out texts \(korean\)"):
+        report.beside(runs)
 
 
 def test_a_comparison_of_nothing_is_one_message(paths):

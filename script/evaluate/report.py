@@ -45,6 +45,8 @@ def compare(paths: RunPaths, names: list[str]) -> int:
     for name, entry in made.summary["stages"].items():
         if entry["not_paired"]:
             log.info("note: %s: %s", name, entry["not_paired"])
+        for reason in entry["change"]["not_compared"]:
+            log.info("note: %s: %s", name, reason)
     log.info("report: %s", show(file))
     return 0
 

@@ -210,9 +210,10 @@ BESIDE = [
 
 def beside(runs: Sequence[RunPaths]) -> list[list[str]]:
     """Stage 00 of several runs, a row each, before and after. Raises PipelineError for a run that lacks one, and for
-    runs that were not trained on the same number of characters: then bits per character compare nothing.
+    runs that were not trained on the same number of characters, or scored on the same texts: then bits per character
+    compare nothing.
     """
-    result, characters = [], {}
+    result, characters, scored = [], {}, {}
     for paths in runs:
         record = read_record(paths.trained_00 / RECORD_NAME)
         if record is None:
@@ -226,6 +227,7 @@ def beside(runs: Sequence[RunPaths]) -> list[list[str]]:
             ("extended", ["", "", ""]),
             ("00", [f"{characters[paths.name]:,}", f"{record['steps']:,}", f"{record['tokens']:,}"]),
         ):
+            scored[f"{paths.name} {name}"] = found[name]
             bits, tokens = found[name]["bits_per_character"], found[name]["tokens_per_character"]
             label = f"{paths.name}, {'before' if name == 'extended' else 'after'}"
             result.append(
@@ -242,6 +244,11 @@ def beside(runs: Sequence[RunPaths]) -> list[list[str]]:
         raise PipelineError(
             f"the runs were trained on different numbers of Korean characters ({numbers}); "
             "train stage 00 of each with the same --max-characters"
+        )
+    if names := unlike_texts(scored):
+        raise PipelineError(
+            f"the runs were scored on different held-out texts ({', '.join(names)}); "
+            "make each from the same refined data with a profile that scores as many characters"
         )
     return result
 
@@ -301,11 +308,27 @@ def change(found: Mapping[str, Mapping[str, Any]]) -> dict[str, Any] | None:
 
 
 def _difference(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any]:
+    """The change of each number; None where it is one of other items or texts, with the reason in "not_compared"."""
+    unlike, reasons = evaluation.other_texts(before, after), []
     bits = {
         language: after["bits_per_character"][language] / before["bits_per_character"][language] - 1
         for language in LANGUAGES
+        if language not in unlike
     }
-    return {"accuracy": after["mcq"]["accuracy"] - before["mcq"]["accuracy"], "bits_per_character": bits}
+    accuracy = after["mcq"]["accuracy"] - before["mcq"]["accuracy"]
+    if evaluation.other_items(before, after):
+        accuracy = None
+        reasons.append("the dev questions are other ones, so that the accuracies do not compare")
+    if unlike:
+        reasons.append(f"bits per character ({', '.join(unlike)}) are of other held-out texts and do not compare")
+    bits = {language: bits.get(language) for language in LANGUAGES}
+    return {"accuracy": accuracy, "bits_per_character": bits, "not_compared": reasons}
+
+
+def unlike_texts(found: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """The held-out texts, by name, that were not the same for all of these evaluations."""
+    digests = [scores.get("texts", {}) for scores in found.values()]
+    return [name for name in LANGUAGES if len({side[name] for side in digests if name in side}) > 1]
 
 
 def paired_interval(both: int, gained: int, lost: int, neither: int) -> tuple[float, float]:
@@ -340,7 +363,8 @@ def paired(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any
     for side in (before, after):
         if not side.get("predictions"):
             raise PipelineError(f"{side['which']}: its answers, item by item, are not there")
-    found = evaluation.compare(before, after)
+    evaluation.require_paired(before, after)
+    found = evaluation.compare_rows(before, after)
     gained, lost, right = found["wrong_to_right"], found["right_to_wrong"], after["mcq"]["correct"]
     lower, upper = paired_interval(right - gained, gained, lost, after["mcq"]["n"] - right - lost)
     return {key: found[key] for key in ("wrong_to_right", "right_to_wrong", "p")} | {"lower": lower, "upper": upper}
@@ -396,16 +420,21 @@ def compared_rows(found: Mapping[str, Any]) -> list[list[str]]:
     """The table of `compared` for the terminal, a row a stage."""
     result = []
     for name, entry in found["stages"].items():
-        test, bits = entry["paired"], entry["bits_per_character"]
+        test, bits, change = entry["paired"], entry["bits_per_character"], entry["change"]
         sides = [f"{entry['accuracy'][i]:.1%} ({entry['lower'][i]:.1%} to {entry['upper'][i]:.1%})" for i in (0, 1)]
         interval = f" ({test['lower']:+.1%} to {test['upper']:+.1%})" if test else ""
         result.append(
             [
                 name,
                 *sides,
-                f"{entry['change']['accuracy']:+.1%}{interval}",
+                "other questions" if change["accuracy"] is None else f"{change['accuracy']:+.1%}{interval}",
                 f"{test['p']:.2g}" if test else "not comparable",
-                *(f"{bits[0][n]:.3f} -> {bits[1][n]:.3f}" for n in LANGUAGES),
+                *(
+                    f"{bits[0][n]:.3f}, {bits[1][n]:.3f} (other texts)"
+                    if change["bits_per_character"][n] is None
+                    else f"{bits[0][n]:.3f} -> {bits[1][n]:.3f}"
+                    for n in LANGUAGES
+                ),
             ]
         )
     return result

@@ -178,6 +178,9 @@ def run(
     if not link.untouched:
         base_scores = link.folder / BEFORE if link.plain else paths.scores("base")
         first, before = (_scored(file, asked, paths, link) for file in (base_scores, scores_before(paths, link)))
+        again = "make that folder anew" if link.plain else f"run: {paths.command('model/add_lora', '--force')}"
+        for scores in (first, before):
+            evaluation.require_current(scores, paths, profile, again)
     # What is predicted and probed of a plain base is of its own shape, not of the run's raw model.
     of_base = base_model.stand_in(profile, paths, link.base) if link.plain else (profile, paths)
     chosen, choice = _precision(link, asked, target, *of_base, device, PROBED[stage_name], args.shard)
