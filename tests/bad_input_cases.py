@@ -1760,8 +1760,8 @@ CASES += [
         REPORT,
         "a comparison that leaves the folder",
         ("--compare", "tiny", "../../x"),
-        "../../x",
-        "runs that have: tiny",
+        "--compare '../../x'",
+        "use letters, digits",
         start="chain",
     ),
 ]

@@ -445,6 +445,23 @@ def test_the_program_compares_two_runs(paths, load_program, capsys):
         main(["--model", "tiny", "--compare", "a", "b", "--beside", "c"])
 
 
+def test_names_of_other_runs_are_plain_names_and_may_end_in_a_slash(paths, load_program):
+    """As a shell completes them in model/report/."""
+    run = second_run(paths, "other")
+    main = load_program("report").main
+    assert main(["--model", "tiny", "--compare", "tiny/", "other/"]) == 0
+    assert (run.report / "compare_tiny.html").is_file() and (run.report / "compare_tiny.json").is_file()
+    assert not [p for p in run.report.iterdir() if p.is_dir() and "compare" in p.name]
+    with pytest.raises(PipelineError, match="that is one run"):
+        main(["--model", "tiny", "--compare", "tiny/", "tiny"])
+    for name in ("../other", "other//", "a/b", "", "/", ".hidden"):
+        shown = re.escape(repr(name.removesuffix("/")))
+        for option in (["--compare", "tiny", name], ["--compare", name, "tiny"], ["--beside", name]):
+            with pytest.raises(PipelineError, match=f"^{option[0]} {shown}: use letters, digits"):
+                main(["--model", "tiny", *option])
+    assert not paths.report.with_name(".hidden").exists()
+
+
 def test_the_modules_import_nothing_heavy():
     """Every train program imports them before it knows that it was asked for --help."""
     code = "import sys; from medgemma_korean import model_card, page, plots; print(*sys.modules)"
