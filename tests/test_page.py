@@ -1,6 +1,7 @@
 """Every number of a page is that of the JSON file it names; a page is whole, safe, and there for every kind of run."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -360,6 +361,24 @@ def test_a_damaged_file_is_one_message(paths):
     (paths.trained_00 / RECORD_NAME).write_text("{ not")
     with pytest.raises(PipelineError, match="not a stage record.*or move it away"):
         page.run_page(paths, tf.profile())
+
+
+def test_a_training_on_a_plain_base_is_shown_against_that_base(paths, monkeypatch):
+    folder, drawn = paths.trained_02, {}
+    scores = evaluation_of("base", right=21, seed=7)
+    records.write_json(folder / report.BEFORE, scores)
+    record = records.read_json(folder / RECORD_NAME)
+    records.write_json(folder / RECORD_NAME, record | {"base_files": {"config.json": "1"}})
+    forgetting = plots.forgetting
+    monkeypatch.setattr(plots, "forgetting", lambda *given: drawn.update(base=given[1]) or forgetting(*given))
+    made = page.run_page(paths, tf.profile())
+    page.write(made, paths.report / "index.html", paths.report / "summary.json")
+    parsed = check_numbers(made, paths.report)
+    files = {origin.partition("#")[0] for origin, _, _ in parsed.cited}
+    assert os.path.relpath(folder / report.BEFORE, paths.report) in files and "scores/base.json" not in files
+    assert drawn["base"] == scores["bits_per_character"] and made.summary["change"]["from"] == "base"
+    assert "tokens.png" not in made.images and "bits.png" in made.images  # extended is of another base
+    assert made.html.count("evaluation_before.json#bits_per_character.english") >= 2  # the tile and the chain
 
 
 # two runs -----------------------------------------------------------------------------------------------

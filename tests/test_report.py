@@ -234,6 +234,40 @@ def test_the_loop_is_a_row_of_its_own(paths):
     assert report.final_of(report.evaluations(paths)) == "loop"
 
 
+def on_a_plain_base(paths, name="02"):
+    """The stage's record and scores as training on --base-model leaves them; returns the base's scores."""
+    folder, number = report.trained_folders(paths)[name], 5
+    records.write_json(folder / RECORD_NAME, record_of(name, number) | {"base_files": {"config.json": "1"}})
+    scores = evaluation_of("base", right=21, seed=7)
+    records.write_json(folder / report.BEFORE, scores)
+    return scores
+
+
+def test_the_base_is_the_one_that_the_final_model_was_trained_on(paths):
+    raw = records.read_json(paths.scores("base"))
+    assert report.evaluations(paths)["base"] == raw
+    scores = on_a_plain_base(paths, "01")  # which is not the final one
+    assert report.evaluations(paths)["base"] == raw
+    scores = on_a_plain_base(paths)
+    found = report.evaluations(paths)
+    assert list(found) == NAMES and found["base"] == scores != raw
+    change = report.change(found)
+    assert (change["from"], change["to"]) == ("base", "02")
+    assert change["accuracy"] == pytest.approx((12 + 30 - 21) / 60)
+    assert report.run_files(paths)["base"] == paths.scores("base")  # of the raw model, which lies in its folder
+    (paths.trained_02 / report.BEFORE).unlink()  # the raw model is still no base of the final one
+    assert "base" not in report.evaluations(paths)
+
+
+def test_a_run_of_one_training_on_a_plain_base_has_its_base():
+    paths = tf.paths()
+    scores = on_a_plain_base(paths)
+    records.write_json(paths.trained_02 / "evaluation.json", evaluation_of("02", right=50))
+    found = report.evaluations(paths)
+    assert list(found) == ["base", "02"] and found["base"] == scores
+    assert report.final_table(paths).splitlines()[2].startswith("base ")
+
+
 def test_warnings_and_gates_are_those_of_the_records(paths):
     assert report.warnings(paths) == ["train_02: 02 was odd"]
     lines = report.gates(paths)

@@ -323,7 +323,8 @@ def _chain_figures(problems: list[str], found: Mapping[str, Source]) -> list[Fig
             plots.accuracy, scores, report.final_of(found),
         ),
     ]  # fmt: skip
-    if {"base", "extended"} <= found.keys():
+    # The extended model is one of the run's raw model, whatever base the final one has.
+    if {"base", "extended"} <= found.keys() and not found["base"].name.endswith(report.BEFORE):
         tokens = [found[name].content["tokens_per_character"] for name in ("base", "extended")]
         figures.append(
             _figure(

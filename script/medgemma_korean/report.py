@@ -7,7 +7,7 @@ from them (changes, intervals of changes) is written to `summary.json` before it
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ NOT_A_DEVICE = (
 
 
 LANGUAGES = evaluation.LANGUAGES
+BEFORE = "evaluation_before.json"  # in a folder trained on a plain base: the scores of that base
 FAILED = "failed_questions.json"  # in a trained folder: what failed most often over its looks at dev
 
 
@@ -33,8 +34,8 @@ def trained_folders(paths: RunPaths) -> dict[str, Path]:
     return {"00": paths.trained_00, "01": paths.trained_01, "02": paths.trained_02, "loop": paths.loop}
 
 
-def evaluation_files(paths: RunPaths) -> dict[str, Path]:
-    """Where the evaluation of every model of the run lies, in the order of the chain."""
+def run_files(paths: RunPaths) -> dict[str, Path]:
+    """Where the scores of `evaluation.run_folders` lie, by the same names."""
     trained = {name: folder / "evaluation.json" for name, folder in trained_folders(paths).items()}
     return {
         "base": paths.scores("base"),
@@ -45,6 +46,20 @@ def evaluation_files(paths: RunPaths) -> dict[str, Path]:
         "02": trained["02"],
         "loop": trained["loop"],
     }
+
+
+def evaluation_files(paths: RunPaths) -> dict[str, Path]:
+    """Where the evaluation of every model that is shown lies, in the order of the chain.
+
+    Where the final model was trained on a plain base (--base-model), "base" is that one and not the run's raw model.
+    Raises PipelineError for a damaged record.
+    """
+    files = run_files(paths)
+    scored = [name for name, file in files.items() if file.is_file()]
+    if scored and (folder := trained_folders(paths).get(final_of(scored))):
+        if "base_files" in (read_record(folder / RECORD_NAME) or {}):
+            files["base"] = folder / BEFORE
+    return files
 
 
 def evaluations(paths: RunPaths) -> dict[str, dict[str, Any]]:
@@ -64,7 +79,7 @@ def _evaluation(file: Path) -> dict[str, Any]:
     return found
 
 
-def final_of(found: Mapping[str, Any]) -> str:
+def final_of(found: Iterable[str]) -> str:
     """The model that a run hands over: that of stage 02, else the last one that was scored."""
     return "02" if "02" in found else list(found)[-1]
 
@@ -171,7 +186,7 @@ def outdated(paths: RunPaths, models: Mapping[str, Mapping[str, Any]]) -> list[s
     """Which of the run's own models were other weights when these results of `validation_kor_med_test` were made."""
     found = []
     for name, result in models.items():
-        if name not in evaluation_files(paths) or "weights" not in result:
+        if name not in run_files(paths) or "weights" not in result:
             continue
         try:
             (now,) = evaluation.candidates(paths, [name])

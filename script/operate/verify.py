@@ -71,7 +71,7 @@ def evaluations(paths: RunPaths) -> dict[str, Path]:
     """Model, as `evaluation.candidates` takes it -> the file with its scores, where both are there."""
     from medgemma_korean import evaluation, report
 
-    folders, files = evaluation.run_folders(paths), report.evaluation_files(paths)
+    folders, files = evaluation.run_folders(paths), report.run_files(paths)
     return {
         name: files[name]
         for name, folder in folders.items()
