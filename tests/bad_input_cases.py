@@ -1777,8 +1777,8 @@ CASES += [
         REPORT,
         "a comparison that leaves the folder",
         ("--compare", "tiny", "../../x"),
-        "../../x",
-        "runs that have: tiny",
+        "--compare '../../x'",
+        "use letters, digits",
         start="chain",
     ),
 ]

@@ -9,7 +9,7 @@ from dataclasses import replace
 import hub_repositories as published
 import pytest
 
-from medgemma_korean import base_model, chain, evaluation, profiles, records
+from medgemma_korean import base_model, chain, evaluation, modeling, profiles, records
 from medgemma_korean.cli import PipelineError
 from medgemma_korean.paths import RunPaths
 
@@ -343,7 +343,7 @@ def run_here(here, refined_root, load_program, monkeypatch):
 
 
 @pytest.mark.slow
-def test_from_a_multimodal_base_through_two_stages(run_here, here):
+def test_from_a_multimodal_base_through_two_stages(run_here, here, monkeypatch):
     import torch_fixtures as tf
 
     base, first, second = plain(here / "base of others", tf.multimodal_folder()), here / "out/first", here / "out/two"
@@ -385,8 +385,16 @@ def test_from_a_multimodal_base_through_two_stages(run_here, here):
     assert after["against_base"]["before"] == "base" and after["against_before"]["before"] == "train_00"
     assert evaluation.candidates(RunPaths.of(*PATHS), [str(second)])[0].base == base.resolve()
 
-    # An adapter of another base or tokenizer is refused.
+    # Scores of other held-out texts are known before anything trains.
     arguments = ("train_01_medical_dict", "--base-model", first, "--output", here / "out/three", *STEPS)
+    with monkeypatch.context() as other:
+        other.setitem(profiles.MODELS, "tiny", replace(profile, score_characters=profile.score_characters // 2))
+        other.setattr(modeling, "load_base", None)
+        with pytest.raises(
+            PipelineError, match=r"base was scored on other held-out texts \(medical\).*make that folder"
+        ):
+            run_here(*arguments)
+    # An adapter of another base or tokenizer is refused.
     tokenizer_file = first / "final/tokenizer.json"
     tokenizer_file.write_text(tokenizer_file.read_text(encoding="utf-8") + "\n", encoding="utf-8")
     with pytest.raises(PipelineError, match="is not what train_00_plain_text made"):

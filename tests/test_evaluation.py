@@ -1,6 +1,7 @@
 """Letter scores and bits per character against direct computations, and a gate that must open and close."""
 
 import copy
+import dataclasses
 import functools
 import math
 import random
@@ -377,6 +378,52 @@ def test_items_are_told_apart(paths):
     records.write_jsonl(paths.mcq / "dev.jsonl", items)
     with pytest.raises(PipelineError, match="other items"):
         evaluation.compare(before, evaluated(model("8bit"), paths, "train_00"))
+
+
+@pytest.mark.parametrize("change", [{"question": "?"}, {"B": "another option"}, {"answer": "E"}, {"id": "x"}])
+def test_every_part_of_an_item_counts(change):
+    items = copy.deepcopy(tf.ITEMS)
+    was = evaluation.items_digest(items)
+    assert was == evaluation.items_digest([dict(item, reasoning="왜냐하면") for item in items])
+    assert items[3] != items[3] | change
+    items[3] |= change
+    assert evaluation.items_digest(items) != was
+
+
+def test_evaluations_of_other_texts_compare_nothing(paths):
+    before = evaluated(model("8bit"), paths, "base")
+    assert set(before["texts"]) == {"korean", "medical", "english"} and len(set(before["texts"].values())) == 3
+    records.write_jsonl(paths.english_replay / "validation.jsonl", [{"text": "Another text of the fever. " * 20}])
+    after = evaluated(model("8bit"), paths, "train_00")
+    assert evaluation.other_texts(before, after) == ["english"] and not evaluation.other_items(before, after)
+    for judge in (evaluation.compare, lambda *two: evaluation.gate(*two, tf.profile())):
+        with pytest.raises(PipelineError, match=r"base and train_00 .* other held-out texts \(english\).*score both"):
+            judge(before, after)
+    longer = dataclasses.replace(tf.profile(), score_characters=500)  # another profile: more of the same documents
+    texts = evaluation.text_digests(evaluation.held_out_texts(paths, longer))
+    assert evaluation.other_texts(after, {"texts": texts}) == ["korean", "medical"]
+
+
+def test_scores_of_other_data_are_found_before_training(paths):
+    scores = evaluated(model("8bit"), paths, "base")
+    old = {key: value for key, value in scores.items() if key != "texts"} | {"items": "an old digest"}
+    evaluation.require_current(scores, paths, tf.profile(), "run: this")
+    records.write_jsonl(paths.plain_text / "validation.jsonl", [{"text": "열이 납니다. " * 90}])
+    records.write_jsonl(paths.mcq / "dev.jsonl", tf.ITEMS[::-1])
+    with pytest.raises(PipelineError, match=r"base was scored on other .*\(korean\).*dev questions.*or run: this"):
+        evaluation.require_current(scores, paths, tf.profile(), "run: this")
+    evaluation.require_current(old, paths, tf.profile(), "run: this")  # of which nothing is known
+
+
+def test_older_evaluations_are_compared_by_what_they_say():
+    """Their digest was made of fewer parts of an item, and they do not name their texts."""
+    texts = {"korean": "k", "medical": "m", "english": "e"}
+    old, new = by_hand(50, items="old"), by_hand(43, which="train_00", items="new", texts=texts)
+    assert evaluation.compare(old, new)["right_to_wrong"] == 7
+    assert evaluation.gate(old, new, tf.profile())["passed"]
+    new["predictions"][0]["gold"] = "E" if new["predictions"][0]["gold"] != "E" else "A"
+    with pytest.raises(PipelineError, match="other items"):
+        evaluation.compare(old, new)
 
 
 # generation ---------------------------------------------------------------------------------------------

@@ -254,6 +254,72 @@ def test_reasons(output, reason):
     assert extract_answer(output).reason == reason
 
 
+REFUSALS = [
+    *(
+        "A. 모르겠습니다",
+        "A. 답변할 수 없습니다",
+        "A. 죄송합니다",
+        "A) 죄송하지만 답변을 드릴 수 없습니다.",
+        "A: 모르겠습니다.",
+    ),
+    *(
+        "A번. 잘 모르겠습니다",
+        'A. "모르겠습니다"',
+        "A. 질문이 불분명합니다. 정답을 알 수 없습니다.",
+        "**A.** 모르겠습니다",
+    ),
+    *("A 죄송합니다", "A.\n모르겠습니다", "A. 심근경색인지 협심증인지 판단할 수 없습니다"),
+    *("정답: A. 모르겠습니다", "정답: A 죄송합니다", "정답은 (A) 모르겠습니다", "Answer: A. I'm sorry, I cannot help"),
+    "I'm sorry, but as an AI, I can't give answer: A",
+    *(
+        "I cannot provide an answer: A",
+        "I can’t give you a definitive answer: A",
+        "I'm unable to provide the answer: A",
+    ),
+    *("I am not able to provide any answer: A", "I cannot answer: A", "I am sorry, I cannot give a final answer: A"),
+]
+
+
+@pytest.mark.parametrize("output", REFUSALS)
+def test_a_refusal_has_no_letter(output):
+    for item in (None, ITEM, FOUR):
+        assert extract_answer(output, item) == (None, mcq.REFUSED)
+
+
+@pytest.mark.parametrize(
+    "output",
+    [
+        # An explicit answer after a refusal is one: whoever reads it has been given a letter.
+        "죄송하지만 답변을 드릴 수 없습니다. 정답: B",
+        "모르겠습니다만 굳이 고르면 정답은 B입니다",
+        "I'm sorry, I don't know for sure. The answer is B",
+        # not refusals
+        "B. 심근경색\n\n죄송합니다, 해설은 제공할 수 없습니다.",
+        "B\n\n죄송합니다, 해설은 제공할 수 없습니다.",
+        "B. 원인을 알 수 없는 발열",
+        "I will give the answer: B",
+        "Here I provide an answer: B",
+        "Not easy, but my answer: B",
+    ],
+)
+def test_an_answer_beside_a_refusal_is_one(output):
+    assert extract_answer(output).letter == "B"
+
+
+def test_an_option_may_read_like_a_refusal():
+    item = ITEM | {"B": "수술 여부는 판단할 수 없다"}
+    for output in (
+        "B. 수술 여부는 판단할 수 없다",
+        "정답: B. 수술 여부는 판단할 수 없다",
+        "B. 수술 여부는 판단할 수 없다 – 정보 부족",
+    ):
+        assert extract_answer(output, item).letter == "B"
+    item = ITEM | {"B": "모르겠습니다"}
+    for output in ("B. 모르겠습니다", "정답: B. 모르겠습니다", "정답: B 모르겠습니다.", "B) 모르겠습니다라고 답한다"):
+        assert extract_answer(output, item).letter == "B"
+        assert extract_answer(output.replace("B", "A"), item).letter is None
+
+
 # Beyond the table: each line is a way in which a letter gets lost, or one is made up.
 @pytest.mark.parametrize(
     ("output", "letter"),

@@ -1,6 +1,7 @@
 """Every number of a page is that of the JSON file it names; a page is whole, safe, and there for every kind of run."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -371,6 +372,24 @@ def test_a_damaged_file_is_one_message(paths):
         page.run_page(paths, tf.profile())
 
 
+def test_a_training_on_a_plain_base_is_shown_against_that_base(paths, monkeypatch):
+    folder, drawn = paths.trained_02, {}
+    scores = evaluation_of("base", right=21, seed=7)
+    records.write_json(folder / report.BEFORE, scores)
+    record = records.read_json(folder / RECORD_NAME)
+    records.write_json(folder / RECORD_NAME, record | {"base_files": {"config.json": "1"}})
+    forgetting = plots.forgetting
+    monkeypatch.setattr(plots, "forgetting", lambda *given: drawn.update(base=given[1]) or forgetting(*given))
+    made = page.run_page(paths, tf.profile())
+    page.write(made, paths.report / "index.html", paths.report / "summary.json")
+    parsed = check_numbers(made, paths.report)
+    files = {origin.partition("#")[0] for origin, _, _ in parsed.cited}
+    assert os.path.relpath(folder / report.BEFORE, paths.report) in files and "scores/base.json" not in files
+    assert drawn["base"] == scores["bits_per_character"] and made.summary["change"]["from"] == "base"
+    assert "tokens.png" not in made.images and "bits.png" in made.images  # extended is of another base
+    assert made.html.count("evaluation_before.json#bits_per_character.english") >= 2  # the tile and the chain
+
+
 # two runs -----------------------------------------------------------------------------------------------
 
 
@@ -405,6 +424,27 @@ def test_the_page_of_two_runs_says_why_there_is_no_test(paths):
     page.write(made, run.report / "c.html", run.report / "c.json")
     parsed = check_numbers(made, run.report)
     assert "another precision" in "".join(parsed.text) and parsed.tables[0][1][1][4:] == ["", "", ""]
+
+
+def test_both_pages_say_which_numbers_do_not_compare(paths):
+    run = second_run(paths)
+    for place, digest in ((paths, "old"), (run, "new")):
+        file = place.trained_02 / "evaluation.json"
+        records.write_json(file, records.read_json(file) | {"items": digest, "texts": {"english": digest}})
+    made = page.compare_page([paths, run], "c.json")
+    page.write(made, run.report / "c.html", run.report / "c.json")
+    parsed = check_numbers(made, run.report)
+    accuracy, bits = (rows for _, rows in parsed.tables)
+    assert accuracy[2][3:] == ["", "", "", ""] and "→" in bits[2][1] and "→" not in bits[2][3]
+    assert "other texts" in bits[2][3]
+    assert "bits per character (english) are of other held-out texts" in "".join(parsed.text)
+    # within one run, base and 02
+    records.write_json(paths.scores("base"), records.read_json(paths.scores("base")) | {"texts": {"english": "base"}})
+    made = page.run_page(paths, tf.profile())
+    page.write(made, paths.report / "index.html", paths.report / "summary.json")
+    said = "".join(check_numbers(made, paths.report).text)
+    assert "Scored on different held-out texts (english)" in said and said.count("not comparable") == 2
+    assert made.summary["change"]["bits_per_character"]["english"] is None
 
 
 # the program --------------------------------------------------------------------------------------------
@@ -471,6 +511,23 @@ def test_the_program_compares_two_runs(paths, load_program, capsys):
         main(["--model", "tiny", "--compare", "tiny", "nobody"])
     with pytest.raises(SystemExit):
         main(["--model", "tiny", "--compare", "a", "b", "--beside", "c"])
+
+
+def test_names_of_other_runs_are_plain_names_and_may_end_in_a_slash(paths, load_program):
+    """As a shell completes them in model/report/."""
+    run = second_run(paths, "other")
+    main = load_program("report").main
+    assert main(["--model", "tiny", "--compare", "tiny/", "other/"]) == 0
+    assert (run.report / "compare_tiny.html").is_file() and (run.report / "compare_tiny.json").is_file()
+    assert not [p for p in run.report.iterdir() if p.is_dir() and "compare" in p.name]
+    with pytest.raises(PipelineError, match="that is one run"):
+        main(["--model", "tiny", "--compare", "tiny/", "tiny"])
+    for name in ("../other", "other//", "a/b", "", "/", ".hidden"):
+        shown = re.escape(repr(name.removesuffix("/")))
+        for option in (["--compare", "tiny", name], ["--compare", name, "tiny"], ["--beside", name]):
+            with pytest.raises(PipelineError, match=f"^{option[0]} {shown}: use letters, digits"):
+                main(["--model", "tiny", *option])
+    assert not paths.report.with_name(".hidden").exists()
 
 
 def test_the_modules_import_nothing_heavy():

@@ -5,7 +5,7 @@ import re
 
 import pytest
 import torch_fixtures as tf
-from report_fixtures import NAMES, evaluation_of, whole_run
+from report_fixtures import NAMES, evaluation_of, record_of, whole_run
 
 from medgemma_korean import records, report
 from medgemma_korean.cli import PipelineError
@@ -161,6 +161,43 @@ def test_runs_that_cannot_be_paired_say_why(paths, alter, word):
     assert report.compared_rows(report.compared([paths, run]))[1][4] == "not comparable"
 
 
+def test_numbers_of_other_texts_and_items_are_not_subtracted(paths):
+    run = other(paths)
+    for place, digest in ((paths, "old"), (run, "new")):
+        file = place.trained_02 / "evaluation.json"
+        texts = {"korean": "same", "medical": "same", "english": digest}
+        records.write_json(file, records.read_json(file) | {"texts": texts})
+    found = report.compared([paths, run])
+    entry, row = found["stages"]["02"], report.compared_rows(found)[1]
+    change = entry["change"]
+    assert change["bits_per_character"]["english"] is None and change["bits_per_character"]["korean"] is not None
+    assert change["accuracy"] == pytest.approx(8 / 60) and entry["paired"]["p"] == 2 / 2**8  # the answers are pairs
+    assert len(change["not_compared"]) == 1 and "(english)" in change["not_compared"][0]
+    assert "->" in row[5] and "->" not in row[7] and "other texts" in row[7]
+    file = run.trained_02 / "evaluation.json"
+    records.write_json(file, records.read_json(file) | {"items": "others"})
+    found = report.compared([paths, run])
+    change = found["stages"]["02"]["change"]
+    assert change["accuracy"] is None and "dev questions" in change["not_compared"][0]
+    assert report.compared_rows(found)[1][3] == "other questions"
+    # the other stage was scored before texts were recorded, of which nothing is said
+    assert found["stages"]["base"]["change"]["not_compared"] == []
+
+
+def test_runs_beside_each_other_were_scored_on_the_same_texts(paths):
+    runs = [paths, whole_run("other")]
+    for run, digest in zip(runs, "ab", strict=True):
+        records.write_json(run.trained_00 / RECORD_NAME, {**record_of("00", 2), "counts": {"korean_characters": 99}})
+        records.write_json(run.tokenizer / "tokenizer_info.json", {"new_tokens": 1024})
+        for file in (run.scores("extended"), run.trained_00 / "evaluation.json"):
+            scores = records.read_json(file)
+            assert "texts" not in scores
+            records.write_json(file, scores | {"texts": {"korean": digest, "english": "same"}})
+    assert [row[0] for row in report.beside(runs[:1])] == ["tiny, before", "tiny, after"]
+    with pytest.raises(PipelineError, match=r"different held-out texts \(korean\)"):
+        report.beside(runs)
+
+
 def test_a_comparison_of_nothing_is_one_message(paths):
     with pytest.raises(PipelineError, match=f"no scores.*{paths.name}"):
         report.compared([paths, RunPaths(paths.model, paths.data, "nobody")])
@@ -195,6 +232,40 @@ def test_the_loop_is_a_row_of_its_own(paths):
     assert report.change(found)["to"] == "02"
     (paths.trained_02 / "evaluation.json").unlink()
     assert report.final_of(report.evaluations(paths)) == "loop"
+
+
+def on_a_plain_base(paths, name="02"):
+    """The stage's record and scores as training on --base-model leaves them; returns the base's scores."""
+    folder, number = report.trained_folders(paths)[name], 5
+    records.write_json(folder / RECORD_NAME, record_of(name, number) | {"base_files": {"config.json": "1"}})
+    scores = evaluation_of("base", right=21, seed=7)
+    records.write_json(folder / report.BEFORE, scores)
+    return scores
+
+
+def test_the_base_is_the_one_that_the_final_model_was_trained_on(paths):
+    raw = records.read_json(paths.scores("base"))
+    assert report.evaluations(paths)["base"] == raw
+    scores = on_a_plain_base(paths, "01")  # which is not the final one
+    assert report.evaluations(paths)["base"] == raw
+    scores = on_a_plain_base(paths)
+    found = report.evaluations(paths)
+    assert list(found) == NAMES and found["base"] == scores != raw
+    change = report.change(found)
+    assert (change["from"], change["to"]) == ("base", "02")
+    assert change["accuracy"] == pytest.approx((12 + 30 - 21) / 60)
+    assert report.run_files(paths)["base"] == paths.scores("base")  # of the raw model, which lies in its folder
+    (paths.trained_02 / report.BEFORE).unlink()  # the raw model is still no base of the final one
+    assert "base" not in report.evaluations(paths)
+
+
+def test_a_run_of_one_training_on_a_plain_base_has_its_base():
+    paths = tf.paths()
+    scores = on_a_plain_base(paths)
+    records.write_json(paths.trained_02 / "evaluation.json", evaluation_of("02", right=50))
+    found = report.evaluations(paths)
+    assert list(found) == ["base", "02"] and found["base"] == scores
+    assert report.final_table(paths).splitlines()[2].startswith("base ")
 
 
 def test_warnings_and_gates_are_those_of_the_records(paths):

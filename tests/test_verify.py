@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from medgemma_korean import cli, page, records, shapes
+from medgemma_korean import cli, page, profiles, records, shapes
 from medgemma_korean.cli import PipelineError
 from medgemma_korean.paths import RunPaths
 from medgemma_korean.stage import Stage, check_outputs, read_record, record_beside, vouch
@@ -180,6 +180,29 @@ def answer(predicted="A", **log_probs):
 def test_when_an_answer_is_another_one(then, now, problem, verify):
     found = verify.differing(then, now, 0.1)
     assert found == [] if problem is None else problem in found[0] and len(found) == 1
+
+
+@pytest.mark.parametrize("digest, problems", [("as scored", 1), ("since then", 0)])
+def test_bits_of_a_text_that_is_another_one_by_now_are_no_problem_of_the_model(
+    verify, tmp_path, monkeypatch, digest, problems
+):
+    from medgemma_korean import evaluation
+
+    candidate = evaluation.Candidate("02", tmp_path / "base", None)
+    records.write_json(candidate.base / "config.json", {"dtype": "float32"})
+    scores = {"precision": "fp32", "predictions": [], "texts": {"medical": "as scored"}}
+    records.write_json(tmp_path / "e.json", scores | {"bits_per_character": {"medical": 3.0}})
+    for name, value in {
+        "loaded": [(None, None, None)],
+        "dev_items": [],
+        "score_letters": [],
+        "held_out_texts": {"medical": ["글"]},
+        "text_digests": {"medical": digest},
+        "bits_per_character": 2.0,
+    }.items():
+        monkeypatch.setattr(evaluation, name, lambda *_, value=value: value)
+    found, done = verify.check_model(candidate, tmp_path / "e.json", profiles.get("tiny"), None)
+    assert len(found) == problems and ("another one by now" in done) == (not problems)
 
 
 def test_a_model_that_does_not_fit_is_not_loaded(verify, tmp_path, monkeypatch, said):

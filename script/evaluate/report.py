@@ -38,9 +38,14 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def compare(paths: RunPaths, names: list[str]) -> int:
+def named(paths: RunPaths, option: str, names: list[str]) -> list[RunPaths]:
+    """Other runs of the project; a name may end in the slash of a completed folder. Raises PipelineError."""
+    return [dataclasses.replace(paths, name=cli.require_name(option, name.removesuffix("/"))) for name in names]
+
+
+def compare(runs: list[RunPaths]) -> int:
     """The page and the table of two runs."""
-    runs = [dataclasses.replace(paths, name=name) for name in names]
+    names = [run.name for run in runs]
     file = runs[1].report / f"compare_{names[0]}.html"
     cited = file.with_suffix(".json")
     made = page.compare_page(runs, cited.name)
@@ -51,6 +56,8 @@ def compare(paths: RunPaths, names: list[str]) -> int:
     for name, entry in made.summary["stages"].items():
         if entry["not_paired"]:
             log.info("note: %s: %s", name, entry["not_paired"])
+        for reason in entry["change"]["not_compared"]:
+            log.info("note: %s: %s", name, reason)
     log.info("report: %s", show(file))
     return 0
 
@@ -82,8 +89,8 @@ def main(argv: list[str] | None = None) -> int:
     args = make_parser().parse_args(argv)
     profile, paths = cli.resolve(args)
     if args.compare:
-        return compare(paths, args.compare)
-    others = [dataclasses.replace(paths, name=name) for name in args.beside]
+        return compare(named(paths, "--compare", args.compare))
+    others = named(paths, "--beside", args.beside)
     cli.start_logging(paths, "report")
     if not report.evaluations(paths):
         raise PipelineError(

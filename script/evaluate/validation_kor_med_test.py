@@ -333,7 +333,7 @@ def score(
             "precision": asked,
             "protocol": "-".join([args.mode, *(["reasoning"] if args.reasoning else [])]),
             "split": split,
-            "items": records.digest_of([[item["id"], item["question"]] for item in items]),
+            "items": evaluation.items_digest(items),
             "mcq": mcq.score(predictions),
             **more,
             "contamination": contamination.accuracies(predictions, touched),

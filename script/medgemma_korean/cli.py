@@ -150,6 +150,16 @@ def device_name(text: str) -> str:
     return text
 
 
+_NAME = re.compile(r"[\w가-힣][\w가-힣.+-]*")
+
+
+def require_name(option: str, name: str) -> str:
+    """The name of a run that an option gives. Raises PipelineError where it is not one plain folder name."""
+    if not _NAME.fullmatch(name):
+        raise PipelineError(f"{option} {name!r}: use letters, digits, '.', '_' or '-' only")
+    return name
+
+
 def resolve(args: argparse.Namespace) -> tuple[profiles.ModelProfile, RunPaths]:
     """The profile and the folders that the shared arguments name.
 
@@ -157,8 +167,8 @@ def resolve(args: argparse.Namespace) -> tuple[profiles.ModelProfile, RunPaths]:
     that does not exist.
     """
     profile = profiles.get(args.model)
-    if args.name is not None and not re.fullmatch(r"[\w가-힣][\w가-힣.+-]*", args.name):
-        raise PipelineError(f"--name {args.name!r}: use letters, digits, '.', '_' or '-' only")
+    if args.name is not None:
+        require_name("--name", args.name)
     try:
         paths = RunPaths.of(profile.name, profile.data, args.data_dir, args.name)
     except RuntimeError:  # pathlib's word for it before Python 3.13
@@ -166,7 +176,7 @@ def resolve(args: argparse.Namespace) -> tuple[profiles.ModelProfile, RunPaths]:
     if args.data_dir and not paths.data.is_dir():
         what = "a file, not a folder" if paths.data.is_file() else "no such folder"
         raise PipelineError(f"--data-dir {args.data_dir}: {what}; {DATA}")
-    if not re.fullmatch(r"[\w가-힣][\w가-힣.+-]*", paths.name):
+    if not _NAME.fullmatch(paths.name):
         raise PipelineError(f"the run would be called {paths.name!r}; give it a plain name with --name")
     _paths[:] = [paths]
     return profile, paths

@@ -71,6 +71,16 @@ def _first_characters(texts: list[str], limit: int) -> list[str]:
     return kept
 
 
+def items_digest(items: Sequence[Mapping[str, Any]]) -> str:
+    """What tells whether two models were asked the same: ids, questions, options and keys, in their order."""
+    return records.digest_of([[item["id"], item["question"], prompts.options(item), item["answer"]] for item in items])
+
+
+def text_digests(texts: Mapping[str, Sequence[str]]) -> dict[str, str]:
+    """What tells whether two models read the same held-out texts, by their names."""
+    return {name: records.digest_of(list(texts[name])) for name in LANGUAGES}
+
+
 def require_held_out(paths: RunPaths) -> None:
     """Raise PipelineError unless the held-out texts and exam questions are there as refining left them."""
     problems = []
@@ -544,7 +554,8 @@ def evaluate(
         "precision": precision,
         "protocol": "letter",
         "split": "dev",
-        "items": records.digest_of([[item["id"], item["question"]] for item in items]),
+        "items": items_digest(items),
+        "texts": text_digests(texts),
         "mcq": mcq.score(predictions),
         "bits_per_character": bits,
         "tokens_per_character": {name: tokenizers.tokens_per_character(tokenizer, texts[name]) for name in LANGUAGES},
@@ -553,14 +564,64 @@ def evaluate(
     }
 
 
+def other_items(before: Mapping[str, Any], after: Mapping[str, Any]) -> bool:
+    """Whether two evaluations are known to be of different items.
+
+    One without "texts" is older, and its digest is of fewer parts of an item: ids and keys are compared then.
+    """
+    if ("texts" in before) == ("texts" in after):
+        return before.get("items") != after.get("items")
+    keys = [{row["id"]: row["gold"] for row in side.get("predictions", [])} for side in (before, after)]
+    return all(keys) and keys[0] != keys[1]
+
+
+def other_texts(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
+    """The held-out texts, by name, that two evaluations are known not to share; nothing is known of older ones."""
+    texts = before.get("texts", {}), after.get("texts", {})
+    return [n for n in LANGUAGES if all(n in side for side in texts) and texts[0][n] != texts[1][n]]
+
+
+def require_paired(before: Mapping[str, Any], after: Mapping[str, Any]) -> None:
+    """Raise PipelineError when the items, the precision or the protocol differ: such answers are no pairs."""
+    wrong = [
+        ("other items", other_items(before, after)),
+        ("another precision", before["precision"] != after["precision"]),
+        ("another protocol", before["protocol"] != after["protocol"]),
+    ]
+    for what, differs in wrong:
+        if differs:
+            raise PipelineError(f"{before['which']} and {after['which']} were scored with {what}; score both again")
+
+
+def require_same_texts(before: Mapping[str, Any], after: Mapping[str, Any]) -> None:
+    """Raise PipelineError when bits per character are known to be of different texts."""
+    if names := other_texts(before, after):
+        raise PipelineError(
+            f"{before['which']} and {after['which']} were scored on other held-out texts ({', '.join(names)}), "
+            "so that their bits per character compare nothing; score both again, on one refined data and profile"
+        )
+
+
+def require_current(scores: Mapping[str, Any], paths: RunPaths, profile: ModelProfile, repair: str) -> None:
+    """Raise PipelineError for scores of other texts or items than there are now: found before hours of training."""
+    texts = text_digests(held_out_texts(paths, profile))
+    wrong = [f"held-out texts ({name})" for name in other_texts(scores, {"texts": texts})]
+    if "texts" in scores and scores["items"] != items_digest(dev_items(paths)):
+        wrong.append("dev questions")
+    if wrong:
+        raise PipelineError(
+            f"{scores['which']} was scored on other {', '.join(wrong)} than there are now, and what is trained could "
+            f"not be compared with it; bring the old data back, or {repair}"
+        )
+
+
 def compare(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any]:
     """Exact McNemar test of two evaluations on identical items.
 
-    Raises PipelineError when the items or the precision differ: such numbers must not be compared.
+    Raises PipelineError when the items, the precision or the held-out texts differ: such numbers must not be compared.
     """
-    for key, what in (("items", "other items"), ("precision", "another precision"), ("protocol", "another protocol")):
-        if before[key] != after[key]:
-            raise PipelineError(f"{before['which']} and {after['which']} were scored with {what}; score both again")
+    require_paired(before, after)
+    require_same_texts(before, after)
     return compare_rows(before, after)
 
 
@@ -583,7 +644,7 @@ def _correct(evaluation: Mapping[str, Any]) -> dict[str, bool]:
 def gate(base: Mapping[str, Any], after: Mapping[str, Any], profile: ModelProfile) -> dict[str, Any]:
     """Whether a stage may hand on its model: not significantly worse than the base on dev, English kept.
 
-    Returns {"passed", "reasons", "p", "english_ratio"}.
+    Returns {"passed", "reasons", "p", "english_ratio"}. Raises PipelineError as `compare` does.
     """
     change = compare(base, after)
     ratio = after["bits_per_character"]["english"] / base["bits_per_character"]["english"]

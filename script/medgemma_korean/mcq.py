@@ -181,10 +181,12 @@ _HANGUL = "가-힣ㄱ-ㆎ\u1100-\u11ff"
 _TOKEN = r"([A-Za-z]|[1-9])(?![A-Za-z0-9])"
 _STATED = r"(?:입니다|이다|임|이에요|예요|이며|이고|이므로|[를을] 선택(?:합니다|하겠습니다|함))"
 
-# What marks an answer. Not the 답 of 오답 and 응답, a closing </answer>, or the verb of "cannot answer".
-_MARK = re.compile(
-    rf"(?<![{_HANGUL}A-Za-z/])(?:최종\s?)?"
-    r"(?:정답|답|(?<!cannot )(?<!not )(?<!n't )(?<!n’t )(?<!to )answer(?![a-z]))",
+# What marks an answer. Not the 답 of 오답 and 응답, or a closing </answer>.
+_MARK = re.compile(rf"(?<![{_HANGUL}A-Za-z/])(?:최종\s?)?(?:정답|답|answer(?![a-z]))", re.IGNORECASE)
+# Right before a mark that is none: "I cannot answer", "I can't give you a definitive answer".
+_NO_ANSWER = re.compile(
+    r"(?:cannot|not|n['’]t|to) (?:(?:give|provide|offer)(?: you)?(?: an?| the| any)?"
+    r"(?: (?:clear|correct|definite|definitive|direct|final|single|specific))? )?$",
     re.IGNORECASE,
 )
 # What may stand between mark and letter: quotes and brackets, one particle or colon, \boxed{. Bounded, so that a
@@ -218,7 +220,8 @@ _BARE = re.compile(rf"""번?["')\]]{{0,3}}\s?{_STATED}?\s?[.):!]?""")
 _SEPARATED = re.compile(r"""번?["'\]]{0,2}\s?[.):]\s*(.+)""")
 _DENIED_TEXT = re.compile(r"정답이? 아[니닌닙님]|오답|틀[리린립림렸]")
 _STARTS_HANGUL = re.compile(rf"""["'“‘(\[<]{{0,2}}[{_HANGUL}]""")
-# Only asked of an output without an answer, to count it apart from one that is merely unreadable.
+# Asked of an output without an answer, to count it apart from one that is merely unreadable, and of what stands after
+# a letter in place of its option: "A. 모르겠습니다".
 _REFUSAL = re.compile(
     r"죄송|모르겠|(?:답변?|대답|결정|제공|판단)(?:을|를|은)? ?(?:할|드릴|내릴|해 드릴) 수 없"
     r"|정답을? 알 수 없|알 수 없(?:습니다|어요|다)"
@@ -235,6 +238,10 @@ def extract_answer(output: str, item: Mapping[str, Any] | None = None, letters: 
     take a marked answer (`정답: B`, `B가 정답`); else the first line must be the bare letter, or the letter and its
     option. `item` restricts the letters to its options and lets English option text be recognised; without it
     `letters` are the options. Circled and marked digits count as letters, a bare digit does not. Never raises.
+
+    A refusal has no letter, also where it begins like an answer ("A. 모르겠습니다", "정답: A. 죄송합니다"). An explicit
+    marked answer counts whatever was said before it: "죄송하지만 답변을 드릴 수 없습니다. 정답: B" is B, for whoever
+    reads it has been given one.
     """
     answer = _after_reasoning(_END.split(output, maxsplit=1)[0])
     if answer is None:
@@ -297,6 +304,8 @@ def _marked_answer(text: str, options: Mapping[str, str], letters: str) -> Extra
     for mark in _MARK.finditer(text):
         if any(start <= mark.start() < end for start, end in taken):
             continue
+        if _NO_ANSWER.search(text[max(0, mark.start() - 50) : mark.start()]):
+            continue
         start = _GAP.match(text, mark.end()).end()  # the pattern matches the empty string, hence always
         token = re.compile(_TOKEN).match(text, start)
         if token is None:
@@ -311,6 +320,9 @@ def _marked_answer(text: str, options: Mapping[str, str], letters: str) -> Extra
             return Extraction(None, AMBIGUOUS)
         if _is_option_text(line, letter, options):
             return Extraction(None, OPTION_TEXT)
+        following = _after(tail)
+        if _REFUSAL.match(following) and not _begins_with(following, options.get(letter)):
+            return Extraction(None, REFUSED)
         found.add(letter)
     if len(found) > 1:
         return Extraction(None, AMBIGUOUS)
@@ -354,6 +366,8 @@ def _first_line_answer(text: str, options: Mapping[str, str], letters: str) -> E
         second = re.fullmatch(rf"""["'(\[]{{0,3}}{_TOKEN}{_BARE.pattern}""", next_line)
         if second and second[1].isalpha() and _letter(second[1]) != letter:
             return Extraction(None, AMBIGUOUS)
+        if tail[-1:] in (".", ")", ":") and _REFUSAL.match(next_line):  # "A.\n모르겠습니다"
+            return Extraction(None, REFUSED)
         return _decided(letter, BARE, letters)
     if _SECOND_OR_DENIED.match(tail):
         return Extraction(None, AMBIGUOUS)
@@ -368,10 +382,21 @@ def _first_line_answer(text: str, options: Mapping[str, str], letters: str) -> E
     if separated and _STARTS_HANGUL.match(following):
         if _DENIED_TEXT.match(following):
             return Extraction(None, AMBIGUOUS)
+        if _REFUSAL.search(following[:_REACH].removeprefix(option or "")):
+            return Extraction(None, REFUSED)
         if _names_second_option(line, letter) or _heads_next_option(next_line, letter):
             return Extraction(None, OPTION_LIST)
         return _decided(letter, WITH_TEXT, letters)
     return Extraction(None, NOT_FOUND)
+
+
+def _after(tail: str) -> str:
+    """What the line says after a letter."""
+    return re.sub(r"""^번?["')\]}>]{0,3}[ .:]{0,3}["'“‘(\[]{0,2}""", "", tail).partition("\n")[0]
+
+
+def _begins_with(text: str, option: str | None) -> bool:
+    return bool(option) and text.startswith(option)
 
 
 def _names_second_option(line: str, letter: str) -> bool:

@@ -210,6 +210,7 @@ def run_page(paths: RunPaths, profile: ModelProfile, others: Sequence[RunPaths] 
         chain=_chain(derived, found),
         chain_figures=(chain_figures := _chain_figures(sources.problems, found)),
         precisions=sorted({source.content.get("precision", "") for source in found.values()}),
+        unlike_texts=report.unlike_texts({name: source.content for name, source in found.items()}),
         gates=_gates(stages),
         notes=[derived.text("warnings", number) for number in range(len(summary["warnings"]))],
         training=_training(derived, stages),
@@ -257,12 +258,15 @@ def _glance(derived: Source, found: Mapping[str, Source]) -> list[dict[str, Any]
         return []
     first, last = found[change["from"]], found[change["to"]]
     against = last.content.get("against_base")
+    other = Markup(text("다른 문제·글 not comparable: other questions or texts"))
     tiles = [
         {
             "title": "정답률 dev accuracy",
             "before": first.number("percent", "mcq", "accuracy"),
             "after": last.number("percent", "mcq", "accuracy"),
-            "change": Markup(f"{derived.number('points', 'change', 'accuracy')} points"),
+            "change": other
+            if change["accuracy"] is None
+            else Markup(f"{derived.number('points', 'change', 'accuracy')} points"),
             "note": Markup(
                 f"95 %: {last.number('percent', 'mcq', 'lower')} to {last.number('percent', 'mcq', 'upper')}"
                 + (f"; McNemar p\u00a0{last.number('p', 'against_base', 'p')}" if against else "")
@@ -277,7 +281,7 @@ def _glance(derived: Source, found: Mapping[str, Source]) -> list[dict[str, Any]
                 "title": f"{plots.label(plots.LANGUAGES, language)} bits/char",
                 "before": first.number("bits", *keys),
                 "after": last.number("bits", *keys),
-                "change": derived.number("change", "change", *keys),
+                "change": derived.number("change", "change", *keys) or other,
                 "note": "낮을수록 좋다 lower is better",
                 "chance": False,
             }
@@ -321,7 +325,8 @@ def _chain_figures(problems: list[str], found: Mapping[str, Source]) -> list[Fig
             plots.accuracy, scores, report.final_of(found),
         ),
     ]  # fmt: skip
-    if {"base", "extended"} <= found.keys():
+    # The extended model is one of the run's raw model, whatever base the final one has.
+    if {"base", "extended"} <= found.keys() and not found["base"].name.endswith(report.BEFORE):
         tokens = [found[name].content["tokens_per_character"] for name in ("base", "extended")]
         figures.append(
             _figure(
@@ -711,12 +716,14 @@ def compare_page(runs: Sequence[RunPaths], cited: str) -> Page:
             ]
         else:
             reasons.append(f"{name}: {entry['not_paired']}")
+        reasons += [f"{name}: {reason}" for reason in entry["change"]["not_compared"]]
         accuracy.append([_name(name), side(0), side(1), change, *test])
         cells: list[Any] = [_name(name)]
         for language in report.LANGUAGES:
             pair = [source.number("bits", *keys, "bits_per_character", i, language) for i in (0, 1)]
             share = source.number("change", *keys, "change", "bits_per_character", language)
-            cells.append(Markup(f'{pair[0]} → {pair[1]} <span class="range">({share})</span>'))
+            joint = "→" if share else "|"
+            cells.append(Markup(f'{pair[0]} {joint} {pair[1]} <span class="range">({share or "other texts"})</span>'))
         bits.append(cells)
     figure = _figure(
         problems, "compare", "두 실행의 정답률", "Accuracy of both runs", "Dev questions with 95 % Wilson intervals.",

@@ -7,7 +7,7 @@ from them (changes, intervals of changes) is written to `summary.json` before it
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ NOT_A_DEVICE = (
 
 
 LANGUAGES = evaluation.LANGUAGES
+BEFORE = "evaluation_before.json"  # in a folder trained on a plain base: the scores of that base
 FAILED = "failed_questions.json"  # in a trained folder: what failed most often over its looks at dev
 
 
@@ -33,8 +34,8 @@ def trained_folders(paths: RunPaths) -> dict[str, Path]:
     return {"00": paths.trained_00, "01": paths.trained_01, "02": paths.trained_02, "loop": paths.loop}
 
 
-def evaluation_files(paths: RunPaths) -> dict[str, Path]:
-    """Where the evaluation of every model of the run lies, in the order of the chain."""
+def run_files(paths: RunPaths) -> dict[str, Path]:
+    """Where the scores of `evaluation.run_folders` lie, by the same names."""
     trained = {name: folder / "evaluation.json" for name, folder in trained_folders(paths).items()}
     return {
         "base": paths.scores("base"),
@@ -45,6 +46,20 @@ def evaluation_files(paths: RunPaths) -> dict[str, Path]:
         "02": trained["02"],
         "loop": trained["loop"],
     }
+
+
+def evaluation_files(paths: RunPaths) -> dict[str, Path]:
+    """Where the evaluation of every model that is shown lies, in the order of the chain.
+
+    Where the final model was trained on a plain base (--base-model), "base" is that one and not the run's raw model.
+    Raises PipelineError for a damaged record.
+    """
+    files = run_files(paths)
+    scored = [name for name, file in files.items() if file.is_file()]
+    if scored and (folder := trained_folders(paths).get(final_of(scored))):
+        if "base_files" in (read_record(folder / RECORD_NAME) or {}):
+            files["base"] = folder / BEFORE
+    return files
 
 
 def evaluations(paths: RunPaths) -> dict[str, dict[str, Any]]:
@@ -64,7 +79,7 @@ def _evaluation(file: Path) -> dict[str, Any]:
     return found
 
 
-def final_of(found: Mapping[str, Any]) -> str:
+def final_of(found: Iterable[str]) -> str:
     """The model that a run hands over: that of stage 02, else the last one that was scored."""
     return "02" if "02" in found else list(found)[-1]
 
@@ -171,7 +186,7 @@ def outdated(paths: RunPaths, models: Mapping[str, Mapping[str, Any]]) -> list[s
     """Which of the run's own models were other weights when these results of `validation_kor_med_test` were made."""
     found = []
     for name, result in models.items():
-        if name not in evaluation_files(paths) or "weights" not in result:
+        if name not in run_files(paths) or "weights" not in result:
             continue
         try:
             (now,) = evaluation.candidates(paths, [name])
@@ -258,9 +273,10 @@ BESIDE = [
 
 def beside(runs: Sequence[RunPaths]) -> list[list[str]]:
     """Stage 00 of several runs, a row each, before and after. Raises PipelineError for a run that lacks one, and for
-    runs that were not trained on the same number of characters: then bits per character compare nothing.
+    runs that were not trained on the same number of characters, or scored on the same texts: then bits per character
+    compare nothing.
     """
-    result, characters = [], {}
+    result, characters, scored = [], {}, {}
     for paths in runs:
         record = read_record(paths.trained_00 / RECORD_NAME)
         if record is None:
@@ -274,6 +290,7 @@ def beside(runs: Sequence[RunPaths]) -> list[list[str]]:
             ("extended", ["", "", ""]),
             ("00", [f"{characters[paths.name]:,}", f"{record['steps']:,}", f"{record['tokens']:,}"]),
         ):
+            scored[f"{paths.name} {name}"] = found[name]
             bits, tokens = found[name]["bits_per_character"], found[name]["tokens_per_character"]
             label = f"{paths.name}, {'before' if name == 'extended' else 'after'}"
             result.append(
@@ -290,6 +307,11 @@ def beside(runs: Sequence[RunPaths]) -> list[list[str]]:
         raise PipelineError(
             f"the runs were trained on different numbers of Korean characters ({numbers}); "
             "train stage 00 of each with the same --max-characters"
+        )
+    if names := unlike_texts(scored):
+        raise PipelineError(
+            f"the runs were scored on different held-out texts ({', '.join(names)}); "
+            "make each from the same refined data with a profile that scores as many characters"
         )
     return result
 
@@ -349,11 +371,27 @@ def change(found: Mapping[str, Mapping[str, Any]]) -> dict[str, Any] | None:
 
 
 def _difference(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any]:
+    """The change of each number; None where it is one of other items or texts, with the reason in "not_compared"."""
+    unlike, reasons = evaluation.other_texts(before, after), []
     bits = {
         language: after["bits_per_character"][language] / before["bits_per_character"][language] - 1
         for language in LANGUAGES
+        if language not in unlike
     }
-    return {"accuracy": after["mcq"]["accuracy"] - before["mcq"]["accuracy"], "bits_per_character": bits}
+    accuracy = after["mcq"]["accuracy"] - before["mcq"]["accuracy"]
+    if evaluation.other_items(before, after):
+        accuracy = None
+        reasons.append("the dev questions are other ones, so that the accuracies do not compare")
+    if unlike:
+        reasons.append(f"bits per character ({', '.join(unlike)}) are of other held-out texts and do not compare")
+    bits = {language: bits.get(language) for language in LANGUAGES}
+    return {"accuracy": accuracy, "bits_per_character": bits, "not_compared": reasons}
+
+
+def unlike_texts(found: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """The held-out texts, by name, that were not the same for all of these evaluations."""
+    digests = [scores.get("texts", {}) for scores in found.values()]
+    return [name for name in LANGUAGES if len({side[name] for side in digests if name in side}) > 1]
 
 
 def paired_interval(both: int, gained: int, lost: int, neither: int) -> tuple[float, float]:
@@ -388,7 +426,8 @@ def paired(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any
     for side in (before, after):
         if not side.get("predictions"):
             raise PipelineError(f"{side['which']}: its answers, item by item, are not there")
-    found = evaluation.compare(before, after)
+    evaluation.require_paired(before, after)
+    found = evaluation.compare_rows(before, after)
     gained, lost, right = found["wrong_to_right"], found["right_to_wrong"], after["mcq"]["correct"]
     lower, upper = paired_interval(right - gained, gained, lost, after["mcq"]["n"] - right - lost)
     return {key: found[key] for key in ("wrong_to_right", "right_to_wrong", "p")} | {"lower": lower, "upper": upper}
@@ -444,16 +483,21 @@ def compared_rows(found: Mapping[str, Any]) -> list[list[str]]:
     """The table of `compared` for the terminal, a row a stage."""
     result = []
     for name, entry in found["stages"].items():
-        test, bits = entry["paired"], entry["bits_per_character"]
+        test, bits, change = entry["paired"], entry["bits_per_character"], entry["change"]
         sides = [f"{entry['accuracy'][i]:.1%} ({entry['lower'][i]:.1%} to {entry['upper'][i]:.1%})" for i in (0, 1)]
         interval = f" ({test['lower']:+.1%} to {test['upper']:+.1%})" if test else ""
         result.append(
             [
                 name,
                 *sides,
-                f"{entry['change']['accuracy']:+.1%}{interval}",
+                "other questions" if change["accuracy"] is None else f"{change['accuracy']:+.1%}{interval}",
                 f"{test['p']:.2g}" if test else "not comparable",
-                *(f"{bits[0][n]:.3f} -> {bits[1][n]:.3f}" for n in LANGUAGES),
+                *(
+                    f"{bits[0][n]:.3f}, {bits[1][n]:.3f} (other texts)"
+                    if change["bits_per_character"][n] is None
+                    else f"{bits[0][n]:.3f} -> {bits[1][n]:.3f}"
+                    for n in LANGUAGES
+                ),
             ]
         )
     return result

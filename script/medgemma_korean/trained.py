@@ -41,8 +41,7 @@ from medgemma_korean.stage import RECORD_NAME, Input, Stage, read_record
 FORMAT = 2
 SEED = 17
 TRACKERS = {"trackio": "trackio", "wandb": "wandb"}  # what `pip install` calls them
-# In the folder of a training on a plain base: the scores of that base, and how its precision was chosen.
-BEFORE, FRESH = "evaluation_before.json", ".fresh"
+FRESH = ".fresh"  # in the work folder of a training on a plain base: the adapter that it starts from
 PROBED = {"train_00": "00", "train_01": "01", "train_02": "02", "loop": "02"}  # the stage whose settings have to fit
 
 
@@ -176,8 +175,11 @@ def run(
     processes.start(device)
     first, before = {}, {}
     if not link.untouched:
-        base_scores = link.folder / BEFORE if link.plain else paths.scores("base")
+        base_scores = link.folder / report.BEFORE if link.plain else paths.scores("base")
         first, before = (_scored(file, asked, paths, link) for file in (base_scores, scores_before(paths, link)))
+        again = "make that folder anew" if link.plain else f"run: {paths.command('model/add_lora', '--force')}"
+        for scores in (first, before):
+            evaluation.require_current(scores, paths, profile, again)
     # What is predicted and probed of a plain base is of its own shape, not of the run's raw model.
     of_base = base_model.stand_in(profile, paths, link.base) if link.plain else (profile, paths)
     chosen, choice = _precision(link, asked, target, *of_base, device, PROBED[stage_name], args.shard)
@@ -444,14 +446,14 @@ def _keep_of_base(folder: Path, choice: dict[str, Any] | None, first: dict[str, 
     if choice is not None:
         records.write_json(folder / precision.FILE, choice)
     if first:
-        records.write_json(folder / BEFORE, first)
+        records.write_json(folder / report.BEFORE, first)
 
 
 def _score_base(
     model: Any, tokenizer: Any, folder: Path, paths: RunPaths, profile: ModelProfile, chosen: str
 ) -> dict[str, Any]:
     """The scores of the base, taken once: a fresh adapter changes nothing, so that its model is the base."""
-    file = folder / BEFORE
+    file = folder / report.BEFORE
     if processes.agreed(file.is_file()):
         return records.read_json(file)
     log.info("scoring the base before training")

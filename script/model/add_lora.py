@@ -217,6 +217,8 @@ def second(args: argparse.Namespace, profile: ModelProfile, paths: RunPaths, sta
     from medgemma_korean import tokenizer as tokenizers
 
     chain.check_tokenizer(link.base, link.adapter)
+    before = records.read_object(paths.scores("base"), "precision", repair=AGAIN)
+    evaluation.require_current(before, paths, profile, f"run: {paths.command('model/add_lora', '--force')}")
     with stage.work() as folder:
         info, base = modeling.base_info(link.base), folder / "base"
         stage.tick(1, 5, "merging")
@@ -242,7 +244,6 @@ def second(args: argparse.Namespace, profile: ModelProfile, paths: RunPaths, sta
         precision.store(choice, base)
         stage.tick(4, 5, "scoring the merged base")
         after, _ = score(base, "merged", choice, args, profile, paths)
-        before = records.read_object(paths.scores("base"), "precision", repair=AGAIN)
         if before["precision"] != choice.precision:
             log.info("the base was scored in %s, and is scored again in %s", before["precision"], choice.precision)
             file = paths.scores(f"base-{choice.precision}")
