@@ -1994,7 +1994,7 @@ CASES += [
         V_EXAM,
         "the count of looks is a number",
         (*ONE_MODEL, "--final", "--limit", "2"),
-        "not the list of looks",
+        "not as it was written",
         "move it away",
         has("model/report/tiny/test_looks.json", "3"),
         "chain",
