@@ -473,8 +473,8 @@ def _train(
             finally:
                 cli.poll_for_stop(False)
             log_history, steps = trainer.state.log_history, trainer.state.global_step
-            stopped = processes.any_of(cli.stop_requested())
-            if stopped and steps < plan.steps and not plan.ended(_evaluations(log_history)):
+            # Also at the last step: scoring and publishing may take hours, and the same command goes on with them.
+            if processes.any_of(cli.stop_requested()):
                 raise Interrupted(f"checkpoint saved at step {steps} of {plan.steps}")
     finally:
         # What TRL and accelerate have put on the forward passes would be there twice after a second start.
