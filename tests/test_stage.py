@@ -567,6 +567,30 @@ def test_a_kill_while_publishing_loses_no_training(paths, monkeypatch):
         s.complete()
 
 
+def test_what_was_made_is_on_the_disk_before_its_record_vouches_for_it(paths, synced):
+    """A power cut that takes the weights takes the record too."""
+    run_refine(paths)
+    text, record = "data/sample/02_refined/00_plain_text", "data/sample/02_refined/.stages/.refine_00_plain_text.json"
+    made = [f"{text}/train.jsonl", text, "data/sample/02_refined", f"{record}.part"]
+    assert [path for path in synced if path in made] == made
+    synced.clear()
+    scores = paths.scores("base")
+    scores.parent.mkdir(parents=True)
+    scores.write_text("{}")
+    run_train(paths, beside=[scores])
+    work = "model/00_trained/.tiny.partial"
+    made = [f"{work}/final/adapter.bin", f"{work}/final", work, os.path.relpath(scores, paths.models.parent)]
+    made.append(f"{work}/.stage.json.part")
+    assert [path for path in synced if path in made] == made
+
+
+def test_files_that_no_stage_publishes_are_on_the_disk_before_their_record(tmp_path, synced):
+    (tmp_path / "page").mkdir()
+    (tmp_path / "page" / "index.html").write_text("x")
+    stage.vouch("report", [tmp_path / "page" / "index.html"], 1.0)
+    assert synced == ["page/index.html", "page", "page/.stages/.index.json.part"]
+
+
 def test_an_output_that_was_not_made_is_a_bug(paths):
     s = refine(paths)
     with pytest.raises(AssertionError, match="did not make"), s.work():

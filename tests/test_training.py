@@ -568,6 +568,20 @@ def checkpoint(folder, step, holds=None):
     return target
 
 
+def test_a_checkpoint_is_on_the_disk_before_its_mark(tmp_path, synced):
+    made = checkpoint(tmp_path, 4)
+    mark = synced.index(f"checkpoint-4/.{training.CHECKPOINT_MARK}.part")
+    weights = {f"checkpoint-4/{name}" for name in training.state_files()} | {f".best-checkpoint-4/{tf.ADAPTER}"}
+    assert weights | {made.name, ".best-checkpoint-4", "."} <= set(synced[:mark])
+
+
+def test_an_adapter_is_on_the_disk_before_it_has_its_name(tmp_path, synced):
+    """Those that are kept stand in no checkpoint's mark."""
+    plan = plan_of(tf.exchanges(4), keep={1: "kept"})
+    run(tmp_path, plan)
+    assert f".kept.part/{tf.ADAPTER}" in synced and (tmp_path / "kept" / tf.ADAPTER).is_file()
+
+
 def damage(kind):
     def truncate(c):
         (c / tf.ADAPTER).write_text("cut")

@@ -548,6 +548,7 @@ class Stage:
         records.share(self._work)
         if self.record_inside:
             beside = [path for path in self.beside if path.is_file()]
+            records.settle(self._work, *beside)
             record["outputs"] = describe([self._work], self._work) | describe(beside, self.outputs[0])
             records.write_sealed(self._work / RECORD_NAME, record)
             if old := records.move_aside(self.outputs[0]):
@@ -580,6 +581,7 @@ class Stage:
                 shutil.rmtree(output)  # left by a kill between renames; no record vouches for it
             os.replace(made, output)
         shutil.rmtree(self._work)
+        records.settle(*self.outputs)
         record["outputs"] = describe(self.outputs, self.paths.data)
         records.write_sealed(self.record_path, record)
 
@@ -644,6 +646,7 @@ def record_beside(file: Path) -> Path:
 
 def vouch(program: str, files: list[Path], seconds: float) -> None:
     """A record, beside the first of them, of files that no fingerprint guards: pages and tables, made anew at will."""
+    records.settle(*files)
     record_path = record_beside(files[0])
     identity = {"program": program, "format": 1, "settings": {}, "inputs": {}}
     home = files[0].parent

@@ -41,6 +41,7 @@ def mark_checkpoint(folder: Path, best: Path | None = None) -> None:
         raise AssertionError(f"{folder} lacks {', '.join(missing)}")
     files = [p for p in sorted(folder.iterdir()) if p.name != CHECKPOINT_MARK]
     files += sorted(best.iterdir()) if best else []
+    records.settle(folder, *([best] if best else []))  # torch and safetensors leave that to the system
     about = {os.path.relpath(p, folder): {"size": p.stat().st_size, "sha256": records.sha256(p)} for p in files}
     records.write_sealed(folder / CHECKPOINT_MARK, about)
 
@@ -593,6 +594,7 @@ def _save_adapter(model: Any, target: Path) -> None:
                 shutil.rmtree(old)  # the same step of a run that was killed before its checkpoint
     modeling.save_adapter(model, part)
     if processes.is_main():
+        records.settle(part)
         part.rename(target)
     processes.wait()
 
