@@ -374,6 +374,12 @@ class OutOfMemoryError(RuntimeError):
         (OSError(errno.EMFILE, "Too many", "/x/y"), 2, "too many open files", "ulimit -n"),
         (IsADirectoryError(errno.EISDIR, "Is a directory", "/x/y"), 2, "/x/y: Is a directory", "move it away, and run"),
         (NotADirectoryError(errno.ENOTDIR, "Not a directory", "/x"), 2, "/x: Not a directory", "move it away, and run"),
+        (
+            NotADirectoryError(errno.ENOTDIR, "Not a directory", "/x", None, "/y"),
+            2,
+            "/y: Not a directory",
+            "move it away",
+        ),
         (NotADirectoryError(errno.ENOTDIR, "Not a directory"), 1, "a bug: NotADirectoryError", "report"),
         (FileNotFoundError(errno.ENOENT, "No such file", "/x/y"), 1, "a bug: FileNotFoundError", "report"),
         *(

@@ -3,13 +3,14 @@
 import errno
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 
 import pytest
 
-from medgemma_korean import records, stage
+from medgemma_korean import chain, records, stage
 from medgemma_korean.cli import GateError, Interrupted, PipelineError
 from medgemma_korean.paths import REPOSITORY, RunPaths
 from medgemma_korean.stage import Input, Stage, read_record
@@ -286,6 +287,50 @@ def test_something_in_the_way_of_the_output_is_named(paths, way):
     said = "a file where a folder" if way == "a file" else "a link to a folder that does not exist where a folder"
     with pytest.raises(PipelineError, match=f"02_refined: {said} is needed; move it away"):
         run_refine(paths)
+
+
+def link_away(folder, disk):
+    """The folder lies on another disk, and a link leads to it."""
+    folder.rename(disk)
+    folder.symlink_to(disk)
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_a_model_folder_that_is_a_link_to_nothing_is_refused_before_the_work(paths, tmp_path, force):
+    run_refine(paths)
+    paths.trained_00.parent.mkdir(parents=True)
+    paths.trained_00.symlink_to(tmp_path / "disk")
+    said = f"model/00_trained/tiny: a link to {tmp_path}/disk, which is not there; mount that disk, or remove the link"
+    with pytest.raises(PipelineError, match=f"{re.escape(said)}$"):
+        train(paths, force=force).already_complete()
+    assert list(paths.trained_00.parent.iterdir()) == [paths.trained_00]
+    paths.trained_00.unlink()
+    assert run_train(paths) is None
+
+
+def test_a_model_folder_behind_a_link_is_complete_and_kept(paths, tmp_path):
+    run_refine(paths), run_train(paths)
+    link_away(paths.trained_00, tmp_path / "disk")
+    assert run_train(paths) == 0
+    with pytest.raises(PipelineError, match="settings.epochs: 1 -> 2"):
+        run_train(paths, settings={"epochs": 2})
+    assert run_train(paths, settings={"epochs": 2}, weights="new", force=True) is None
+    kept = paths.trained_00.with_name("tiny.previous")
+    assert kept.is_symlink() and (tmp_path / "disk/final/adapter.bin").read_text() == "w"
+    assert not paths.trained_00.is_symlink() and (paths.trained_00 / "final/adapter.bin").read_text() == "new"
+
+
+def test_a_model_on_a_disk_that_is_not_mounted_is_not_passed_over(paths, tmp_path):
+    """Without it the next stage would train on an earlier model."""
+    run_refine(paths), run_train(paths)
+    (paths.raw_lora_added / "base").mkdir(parents=True)
+    records.write_sealed(paths.raw_lora_added / "stage.json", {"fingerprint": "a"})
+    link_away(paths.trained_00, tmp_path / "disk")
+    (tmp_path / "disk").rename(tmp_path / "unmounted")
+    with pytest.raises(PipelineError, match="00_trained/tiny: a link to .*/disk, which is not there; mount that disk"):
+        chain.nearest(paths, "train_01")
+    paths.trained_00.unlink()
+    assert chain.nearest(paths, "train_01").folder == paths.raw_lora_added
 
 
 @pytest.mark.parametrize("text", ["{}", "[]", '{"fingerprint": "a"}', '"a"'])

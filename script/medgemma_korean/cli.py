@@ -424,7 +424,8 @@ def explain(error: Exception) -> tuple[int, str, str]:
         if error.errno in DISK_LOST or error.errno in (errno.ELOOP, errno.ENAMETOOLONG):
             return EXIT_INPUT, f"{place}: {error.strerror}", ""
         if error.errno in (errno.EISDIR, errno.ENOTDIR) and error.filename:
-            return EXIT_INPUT, f"{place}: {error.strerror}", "move it away, and run again"
+            in_the_way = error.filename2 or error.filename  # of a renaming its target
+            return EXIT_INPUT, f"{in_the_way}: {error.strerror}", "move it away, and run again"
         if error.errno == errno.EMFILE:
             return EXIT_INPUT, "too many open files", "raise the limit (ulimit -n 4096), and run again"
     elif type(error).__name__ == "AcceleratorError" or isinstance(error, RuntimeError) and GPU_FAULT.search(text):
