@@ -112,6 +112,16 @@ def test_parquet_whole_cut_and_false(tmp_path):
         assert str(bad) in str(error.value)
 
 
+@pytest.mark.parametrize("content", [b"[" * 100_000, b'{"a": ' + b"9" * 5000 + b"}"], ids=["depth", "digits"])
+def test_json_beyond_the_limits_of_python_is_named(tmp_path, content):
+    file = write(tmp_path / "x.json", content)
+    with pytest.raises(
+        PipelineError, match=rf"{file}: not valid JSON \(nested too deeply or too long a number\); bring"
+    ):
+        records.read_json(file)
+    assert records.read_sealed(file, ["a"]) is None
+
+
 def test_json_lists_and_their_errors(tmp_path):
     assert rows(write(tmp_path / "x.json", b'\xef\xbb\xbf[{"a": 1}]')) == [{"a": 1}]
     for data, said in ((b'{"a": 1}', "list of objects"), (b"[1]", "list of objects"), (b'[\n{"a": 1},\n]', "line 3")):

@@ -96,8 +96,8 @@ def read_json(path: Path) -> Any:
         raise PipelineError(f"{path}: not UTF-8 (byte {error.start}); save it as UTF-8") from None
     except json.JSONDecodeError as error:
         raise PipelineError(f"{path}, line {error.lineno}: not valid JSON ({error.msg}); bring it anew") from None
-    except RecursionError:
-        raise PipelineError(f"{path}: JSON nested too deeply; bring it anew") from None
+    except (ValueError, RecursionError) as error:
+        raise PipelineError(f"{path}: {json_reason(error)}; bring it anew") from None
 
 
 def read_object(path: Path, *needs: str, repair: str = "bring it anew") -> dict[str, Any]:
