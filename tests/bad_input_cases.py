@@ -2013,7 +2013,7 @@ CASES += [
         V_EXAM,
         "the count of looks is a number",
         (*ONE_MODEL, "--final", "--limit", "2"),
-        "not the list of looks",
+        "test_looks.json: not as it was written",
         "move it away",
         has("model/report/tiny/test_looks.json", "3"),
         "chain",
