@@ -109,6 +109,20 @@ def root(tmp_path, monkeypatch) -> Path:
 
 
 @pytest.fixture
+def synced(tmp_path, monkeypatch) -> list[str]:
+    """What os.fsync is called for, in that order: paths below tmp_path, `.` for itself, parts without the process."""
+    found, fsync = [], os.fsync
+
+    def note(descriptor: int) -> None:
+        path = os.path.relpath(os.readlink(f"/proc/self/fd/{descriptor}"), tmp_path)
+        found.append(path.replace(f".{os.getpid()}.part", ".part"))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", note)
+    return found
+
+
+@pytest.fixture
 def run_program(tmp_path):
     """run_program(name, *args, root=None, env=None, timeout=600) -> Outcome(code, stdout, stderr).
 

@@ -452,6 +452,22 @@ class OutOfMemoryError(RuntimeError):
         (RuntimeError("PytorchStreamWriter failed writing file data/0"), 2, "no space left", "free some"),
         (Exception("I/O error: No space left on device (os error 28)"), 2, "no space left", "free some"),
         (OSError(errno.EDQUOT, "Quota", "/x/y"), 2, "no space left on the disk of /x/y", "free some"),
+        (OSError(errno.ENOMEM, "Cannot allocate memory"), 2, "out of memory ([Errno 12] Cannot", "--micro-batch"),
+        (OSError(errno.EMFILE, "Too many", "/x/y"), 2, "too many open files", "ulimit -n"),
+        (IsADirectoryError(errno.EISDIR, "Is a directory", "/x/y"), 2, "/x/y: Is a directory", "move it away, and run"),
+        (NotADirectoryError(errno.ENOTDIR, "Not a directory", "/x"), 2, "/x: Not a directory", "move it away, and run"),
+        (
+            NotADirectoryError(errno.ENOTDIR, "Not a directory", "/x", None, "/y"),
+            2,
+            "/y: Not a directory",
+            "move it away",
+        ),
+        (NotADirectoryError(errno.ENOTDIR, "Not a directory"), 1, "a bug: NotADirectoryError", "report"),
+        (FileNotFoundError(errno.ENOENT, "No such file", "/x/y"), 1, "a bug: FileNotFoundError", "report"),
+        *(
+            (OSError(number, os.strerror(number), "/x/y"), 2, f"/x/y: {os.strerror(number)}", "")
+            for number in (errno.EIO, errno.ESTALE, errno.ENODEV, errno.ENXIO, errno.ENOTCONN, errno.ELOOP)
+        ),
         (RuntimeError("shapes differ"), 1, "a bug: RuntimeError: shapes differ", "report"),
     ],
 )

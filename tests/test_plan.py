@@ -256,6 +256,15 @@ def test_the_precision_that_was_chosen_counts(plan, monkeypatch):
     assert float(after.split()[1]) < float(before.split()[1]) - 10
 
 
+@pytest.mark.parametrize("damaged", ["{}", "[]", "{", '{"precision": "9bit"}', '{"precision": ["nf4"]}', "9" * 5000])
+def test_a_damaged_choice_of_precision_leaves_that_of_the_profile(plan, damaged):
+    args = plan.make_parser().parse_args(["--model", "medgemma-27b"])
+    profile, paths = cli.resolve(args)
+    before = plan.memory_of("train_00", args, profile, paths, (1e12, "x"))
+    records.write_text(paths.raw_lora_added / "base" / "precision.json", damaged)
+    assert plan.memory_of("train_00", args, profile, paths, (1e12, "x")) == before
+
+
 def test_free_memory_of_the_card_that_would_be_used(plan, tmp_path, monkeypatch):
     tool = tmp_path / "bin" / "nvidia-smi"
     tool.parent.mkdir()

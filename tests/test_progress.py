@@ -81,14 +81,26 @@ def test_a_stage_that_stopped_names_its_program(paths, state):
 
 ENTRY = {"state": "running", "program": "add_lora", "changed": 1.0, "pid": 1}
 ODD = [5, {}, {"state": "running"}, ENTRY | {"pid": "x"}, ENTRY | {"changed": None}, ENTRY | {"percent": [1]}]
+ODD += [ENTRY | odd for odd in ({"changed": 1e300}, {"changed": float("nan")}, {"changed": -1e300}, {"eta": 10**400})]
+ODD += [
+    ENTRY | odd for odd in ({"rate": "x"}, {"first": {}}, {"since": "x"}, {"cause": 3}, {"cause": "x", "advice": 3})
+]
 SHAPES = [json.dumps({"name": "tiny", "stages": {"train_00": entry}}).encode() for entry in ODD]
+ENDED = {"outcome": "failed", "ended": 1.0, "message": "why"}
+RUNNING = {"outcome": "running", "since": 1.0, "pid": 7}
+RUNS = [3, [], None, {"outcome": "failed"}, {"outcome": ["x"]}, ENDED | {"ended": 1e300}, ENDED | {"message": None}]
+RUNS += [{"outcome": "running"}, RUNNING | {"since": float("inf")}, RUNNING | {"pid": "x"}]
+SHAPES += [json.dumps({"name": "tiny", "stages": {}, "run": run}).encode() for run in RUNS]
+SHAPES += [b'{"name": "tiny", "stages": {}, "run": ' + b"9" * 5000 + b"}"]
 
 
-def test_a_sound_state_is_read_as_it_is(paths):
+@pytest.mark.parametrize("run", [ENDED, RUNNING, {"stage": "refine"}, {"outcoem": "done"}])
+def test_a_sound_state_is_read_as_it_is(paths, run):
     paths.logs.mkdir(parents=True)
-    state = {"name": "tiny", "stages": {"train_00": ENTRY | {"eta": None, "metric": "loss 1"}}}
+    state = {"name": "tiny", "stages": {"train_00": ENTRY | {"eta": None, "metric": "loss 1"}}, "run": run}
     paths.progress_state.write_text(json.dumps(state))
     assert progress.read_state(paths) == state
+    assert ("1970" in progress.render(state).splitlines()[1]) == ("outcome" in run)
 
 
 @pytest.mark.parametrize("damage", [b"", b"{", b"[]", b'{"stages": 3}', b'{"stages": {}}', b"\xff\xfe", *SHAPES])

@@ -1,5 +1,6 @@
 """Rows in and out: every damaged input names its file and line, and no writer leaves half a file."""
 
+import errno
 import gzip
 import json
 import os
@@ -109,6 +110,16 @@ def test_parquet_whole_cut_and_false(tmp_path):
         with pytest.raises(PipelineError, match="damaged Parquet") as error:
             rows(bad)
         assert str(bad) in str(error.value)
+
+
+@pytest.mark.parametrize("content", [b"[" * 100_000, b'{"a": ' + b"9" * 5000 + b"}"], ids=["depth", "digits"])
+def test_json_beyond_the_limits_of_python_is_named(tmp_path, content):
+    file = write(tmp_path / "x.json", content)
+    with pytest.raises(
+        PipelineError, match=rf"{file}: not valid JSON \(nested too deeply or too long a number\); bring"
+    ):
+        records.read_json(file)
+    assert records.read_sealed(file, ["a"]) is None
 
 
 def test_json_lists_and_their_errors(tmp_path):
@@ -246,3 +257,36 @@ def test_a_full_disk_is_told_with_the_file(tmp_path):
     with pytest.raises(OSError) as error, records.atomic_open(tmp_path / "x"):
         raise OSError(28, "No space left on device")
     assert error.value.filename == str(tmp_path / "x") and not list(tmp_path.iterdir())
+
+
+def test_settling_reaches_every_file_and_folder_and_no_link(tmp_path, synced):
+    for name in ("out/final/a.bin", "out/b.bin", "out/.hidden/c", "elsewhere/d", "e"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("x")
+    (tmp_path / "out/empty").mkdir()
+    (tmp_path / "out/link.bin").symlink_to(tmp_path / "e")
+    (tmp_path / "out/linked").symlink_to(tmp_path / "elsewhere")
+    os.mkfifo(tmp_path / "out/fifo")  # whoever opens it waits
+    (tmp_path / "whole").symlink_to(tmp_path / "elsewhere")
+    records.settle(tmp_path / "out", tmp_path / "whole")
+    whole = ["out/final/a.bin", "out/final", "out/b.bin", "out/.hidden/c", "out/.hidden", "out/empty", "out", "."]
+    assert sorted(synced) == sorted(whole)
+    assert all(synced.index(path) < synced.index(os.path.dirname(path) or ".") for path in whole[:-1])
+    synced.clear()
+    records.settle(tmp_path / "e")
+    assert synced == ["e", "."]
+    with pytest.raises(FileNotFoundError):
+        records.settle(tmp_path / "gone" / "x")
+
+
+@pytest.mark.parametrize("code", [errno.EINVAL, errno.ENOTSUP, errno.EROFS, errno.EIO, errno.ENOSPC])
+def test_a_disk_that_cannot_settle_is_no_error_and_one_that_fails_is(tmp_path, monkeypatch, code):
+    def fail(descriptor):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "fsync", fail)
+    (tmp_path / "x").write_text("x")
+    if code not in (errno.EIO, errno.ENOSPC):
+        return records.settle(tmp_path)
+    with pytest.raises(OSError, match=f"{os.strerror(code)}: '{tmp_path}/x'"):
+        records.settle(tmp_path)

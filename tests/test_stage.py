@@ -3,13 +3,14 @@
 import errno
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 
 import pytest
 
-from medgemma_korean import records, stage
+from medgemma_korean import chain, records, stage
 from medgemma_korean.cli import GateError, Interrupted, PipelineError
 from medgemma_korean.paths import REPOSITORY, RunPaths
 from medgemma_korean.stage import Input, Stage, read_record
@@ -286,6 +287,50 @@ def test_something_in_the_way_of_the_output_is_named(paths, way):
     said = "a file where a folder" if way == "a file" else "a link to a folder that does not exist where a folder"
     with pytest.raises(PipelineError, match=f"02_refined: {said} is needed; move it away"):
         run_refine(paths)
+
+
+def link_away(folder, disk):
+    """The folder lies on another disk, and a link leads to it."""
+    folder.rename(disk)
+    folder.symlink_to(disk)
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_a_model_folder_that_is_a_link_to_nothing_is_refused_before_the_work(paths, tmp_path, force):
+    run_refine(paths)
+    paths.trained_00.parent.mkdir(parents=True)
+    paths.trained_00.symlink_to(tmp_path / "disk")
+    said = f"model/00_trained/tiny: a link to {tmp_path}/disk, which is not there; mount that disk, or remove the link"
+    with pytest.raises(PipelineError, match=f"{re.escape(said)}$"):
+        train(paths, force=force).already_complete()
+    assert list(paths.trained_00.parent.iterdir()) == [paths.trained_00]
+    paths.trained_00.unlink()
+    assert run_train(paths) is None
+
+
+def test_a_model_folder_behind_a_link_is_complete_and_kept(paths, tmp_path):
+    run_refine(paths), run_train(paths)
+    link_away(paths.trained_00, tmp_path / "disk")
+    assert run_train(paths) == 0
+    with pytest.raises(PipelineError, match="settings.epochs: 1 -> 2"):
+        run_train(paths, settings={"epochs": 2})
+    assert run_train(paths, settings={"epochs": 2}, weights="new", force=True) is None
+    kept = paths.trained_00.with_name("tiny.previous")
+    assert kept.is_symlink() and (tmp_path / "disk/final/adapter.bin").read_text() == "w"
+    assert not paths.trained_00.is_symlink() and (paths.trained_00 / "final/adapter.bin").read_text() == "new"
+
+
+def test_a_model_on_a_disk_that_is_not_mounted_is_not_passed_over(paths, tmp_path):
+    """Without it the next stage would train on an earlier model."""
+    run_refine(paths), run_train(paths)
+    (paths.raw_lora_added / "base").mkdir(parents=True)
+    records.write_sealed(paths.raw_lora_added / "stage.json", {"fingerprint": "a"})
+    link_away(paths.trained_00, tmp_path / "disk")
+    (tmp_path / "disk").rename(tmp_path / "unmounted")
+    with pytest.raises(PipelineError, match="00_trained/tiny: a link to .*/disk, which is not there; mount that disk"):
+        chain.nearest(paths, "train_01")
+    paths.trained_00.unlink()
+    assert chain.nearest(paths, "train_01").folder == paths.raw_lora_added
 
 
 @pytest.mark.parametrize("text", ["{}", "[]", '{"fingerprint": "a"}', '"a"'])
@@ -565,6 +610,30 @@ def test_a_kill_while_publishing_loses_no_training(paths, monkeypatch):
     with s.work(resumable=True) as folder:
         assert s.resumed and (folder / "final/adapter.bin").read_text() == "w"
         s.complete()
+
+
+def test_what_was_made_is_on_the_disk_before_its_record_vouches_for_it(paths, synced):
+    """A power cut that takes the weights takes the record too."""
+    run_refine(paths)
+    text, record = "data/sample/02_refined/00_plain_text", "data/sample/02_refined/.stages/.refine_00_plain_text.json"
+    made = [f"{text}/train.jsonl", text, "data/sample/02_refined", f"{record}.part"]
+    assert [path for path in synced if path in made] == made
+    synced.clear()
+    scores = paths.scores("base")
+    scores.parent.mkdir(parents=True)
+    scores.write_text("{}")
+    run_train(paths, beside=[scores])
+    work = "model/00_trained/.tiny.partial"
+    made = [f"{work}/final/adapter.bin", f"{work}/final", work, os.path.relpath(scores, paths.models.parent)]
+    made.append(f"{work}/.stage.json.part")
+    assert [path for path in synced if path in made] == made
+
+
+def test_files_that_no_stage_publishes_are_on_the_disk_before_their_record(tmp_path, synced):
+    (tmp_path / "page").mkdir()
+    (tmp_path / "page" / "index.html").write_text("x")
+    stage.vouch("report", [tmp_path / "page" / "index.html"], 1.0)
+    assert synced == ["page/index.html", "page", "page/.stages/.index.json.part"]
 
 
 def test_an_output_that_was_not_made_is_a_bug(paths):

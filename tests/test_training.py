@@ -1,8 +1,10 @@
 """The trainer and its guards, checkpoints and resume: real TRL, PEFT and bitsandbytes."""
 
+import dataclasses
 import json
 import os
 import shutil
+import signal
 
 import pytest
 import torch_fixtures as tf
@@ -110,6 +112,72 @@ def test_an_interrupted_training_ends_with_the_same_bytes(tmp_path, packed):
     again, model = run(tmp_path / "stopped", plan, model=model)
     assert again.history == whole.history and again.best == tmp_path / "stopped" / whole.best.name
     assert all((p == weights[n]).all() for n, p in adapter_of(model).items())
+
+
+@pytest.mark.parametrize("when", ["in the last step", "in its look", "once its checkpoint is written"])
+def test_a_stop_at_the_last_step_is_heard_and_continued(tmp_path, monkeypatch, when):
+    plan = plan_of(tf.exchanges(12), settings={"evaluations": 3})
+    whole, _ = run(tmp_path / "whole", plan)
+
+    def stop():
+        cli._stop_requested.append("SIGTERM")
+
+    def look(model):
+        looks.append(model)
+        if when == "in its look" and len(looks) == 3:
+            stop()
+        return plan.evaluate(model)
+
+    def mark(folder, best=None):
+        marked(folder, best)
+        if when == "once its checkpoint is written" and folder.name == "checkpoint-3":
+            stop()
+
+    looks, marked = [], training.mark_checkpoint
+    monkeypatch.setattr(training, "mark_checkpoint", mark)
+    with pytest.raises(Interrupted, match="checkpoint saved at step 3 of 3"):
+        run(
+            tmp_path / "stopped",
+            dataclasses.replace(plan, evaluate=look),
+            stop_after(3) if when == "in the last step" else None,
+        )
+    assert not cli._polling  # from here on a signal ends the program at once
+    cli._stop_requested.clear()
+    continued, _ = run(tmp_path / "stopped", dataclasses.replace(plan, evaluate=look))
+    assert len(looks) == 3 and continued == dataclasses.replace(whole, best=tmp_path / "stopped" / whole.best.name)
+    for file in (f"checkpoint-3/{tf.ADAPTER}", f"{whole.best.name}/{tf.ADAPTER}"):
+        assert (tmp_path / "stopped" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes(), file
+    assert losses(tmp_path / "stopped", 3) == losses(tmp_path / "whole", 3)
+
+
+def test_a_stop_where_forgetting_ends_a_training_is_heard_and_continued(tmp_path):
+    with pytest.raises(Interrupted, match="checkpoint saved at step 6 of 8"):
+        run(tmp_path, watched([4.0, 4.1, 4.19, 4.4, 4.0]), stop_after(6))
+    cli._stop_requested.clear()
+    outcome, _ = run(tmp_path, watched([9.9] * 5))
+    assert (outcome.steps, outcome.best_step) == (6, 4) and "forgetting" in outcome.stopped
+
+
+def test_a_second_signal_ends_a_training_at_once_and_loses_one_checkpoint_at_most(tmp_path, monkeypatch):
+    """Whoever presses Ctrl-C again, in the look that follows the last step, does not wait for it."""
+    plan = plan_of(tf.exchanges(12), settings={"evaluations": 3})
+    whole, _ = run(tmp_path / "whole", plan)
+    monkeypatch.setattr(cli, "SIGNAL_ECHO", 0.0)
+
+    def look(model):
+        looks.append(model)
+        if len(looks) == 3:
+            cli._on_signal(signal.SIGINT, None)
+            cli._on_signal(signal.SIGINT, None)
+        return plan.evaluate(model)
+
+    looks = []
+    with pytest.raises(Interrupted, match="SIGINT"):
+        run(tmp_path / "stopped", dataclasses.replace(plan, evaluate=look))
+    assert not cli._polling and training.newest_checkpoint(tmp_path / "stopped").name == "checkpoint-2"
+    cli._stop_requested.clear(), cli._raised.clear()
+    continued, _ = run(tmp_path / "stopped", plan)
+    assert continued.history == whole.history and losses(tmp_path / "stopped", 3) == losses(tmp_path / "whole", 3)
 
 
 def test_a_training_learns_and_reports_what_it_did(tmp_path):
@@ -498,6 +566,20 @@ def checkpoint(folder, step, holds=None):
     (best / tf.ADAPTER).write_text("the best so far")
     training.mark_checkpoint(target, best)
     return target
+
+
+def test_a_checkpoint_is_on_the_disk_before_its_mark(tmp_path, synced):
+    made = checkpoint(tmp_path, 4)
+    mark = synced.index(f"checkpoint-4/.{training.CHECKPOINT_MARK}.part")
+    weights = {f"checkpoint-4/{name}" for name in training.state_files()} | {f".best-checkpoint-4/{tf.ADAPTER}"}
+    assert weights | {made.name, ".best-checkpoint-4", "."} <= set(synced[:mark])
+
+
+def test_an_adapter_is_on_the_disk_before_it_has_its_name(tmp_path, synced):
+    """Those that are kept stand in no checkpoint's mark."""
+    plan = plan_of(tf.exchanges(4), keep={1: "kept"})
+    run(tmp_path, plan)
+    assert f".kept.part/{tf.ADAPTER}" in synced and (tmp_path / "kept" / tf.ADAPTER).is_file()
 
 
 def damage(kind):

@@ -13,7 +13,7 @@ from typing import Any
 from medgemma_korean import base_model, records
 from medgemma_korean.cli import PipelineError, log
 from medgemma_korean.paths import RunPaths, show
-from medgemma_korean.stage import RECORD_NAME, Input, no_record, read_record
+from medgemma_korean.stage import RECORD_NAME, Input, no_record, read_record, require_linked
 
 
 @dataclass
@@ -75,6 +75,7 @@ def nearest(paths: RunPaths, stage: str) -> Link:
     """
     kinds = _STARTS[stage]
     for i, kind in enumerate(kinds):
+        require_linked(paths.model_folder(kind))  # a disk that is not mounted is no stage that was skipped
         if read_record(paths.model_folder(kind) / RECORD_NAME) is not None:
             link = of_folder(paths, paths.model_folder(kind), kind)
             for skipped in kinds[:i]:

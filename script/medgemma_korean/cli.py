@@ -417,10 +417,15 @@ DENIED = re.compile(r"Read-only file system|Permission denied|Operation not perm
 MEMORY_FAULT = re.compile(r"can't allocate memory|CUDA error: out of memory|CUBLAS_STATUS_ALLOC_FAILED")
 
 
+# A disk, or the way to one, is gone: worn out, unplugged, or a network's or FUSE's that has lost its other end.
+DISK_LOST = (errno.EIO, errno.ESTALE, errno.ENODEV, errno.ENXIO, errno.ENOTCONN)
+
+
 def out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory did not suffice: Python's, torch's of a card, or one of the words above."""
+    """Whether an error says that memory did not suffice: Python's, the system's, torch's of a card, or in words."""
     return (
         isinstance(error, MemoryError)
+        or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
         or type(error).__name__ == "OutOfMemoryError"
         or (isinstance(error, RuntimeError) and bool(MEMORY_FAULT.search(str(error))))
     )
@@ -447,8 +452,13 @@ def explain(error: Exception) -> tuple[int, str, str]:
                 f"no permission for {error.filename}: {error.strerror}",
                 "chmod or chown it, and run again",
             )
-        if error.errno in (errno.EIO, errno.ELOOP, errno.ENAMETOOLONG, errno.ESTALE):
+        if error.errno in DISK_LOST or error.errno in (errno.ELOOP, errno.ENAMETOOLONG):
             return EXIT_INPUT, f"{place}: {error.strerror}", ""
+        if error.errno in (errno.EISDIR, errno.ENOTDIR) and error.filename:
+            in_the_way = error.filename2 or error.filename  # of a renaming its target
+            return EXIT_INPUT, f"{in_the_way}: {error.strerror}", "move it away, and run again"
+        if error.errno == errno.EMFILE:
+            return EXIT_INPUT, "too many open files", "raise the limit (ulimit -n 4096), and run again"
     elif type(error).__name__ == "AcceleratorError" or isinstance(error, RuntimeError) and GPU_FAULT.search(text):
         return EXIT_INPUT, f"the GPU failed ({first})", GPU_ADVICE
     elif DISK_FULL.search(text):

@@ -40,20 +40,46 @@ def stage_of(program: str) -> str:
     return _STAGE_OF.get(program.split("_")[0], program)
 
 
-NUMBER = (int, float)
-ENTRY = {"state": str, "program": str, "changed": NUMBER, "pid": int}  # of a stage, always
-MORE = {"percent": NUMBER, "eta": NUMBER, "metric": str}  # or null, or not there
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_pid(value: Any) -> bool:
+    return isinstance(value, int)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and abs(value) < 1e20  # which is no NaN, and can be printed
+
+
+def _is_time(value: Any) -> bool:
+    return isinstance(value, (int, float)) and 0 <= value < 1e11  # seconds; later ones are no date of Python's
+
+
+def _is_first(value: Any) -> bool:
+    return isinstance(value, dict) and all(_is_number(value.get(key)) for key in ("done", "total", "time"))
+
+
+ENTRY = {"state": _is_text, "program": _is_text, "changed": _is_time, "pid": _is_pid}  # of a stage, always
+# Or null, or not there.
+MORE = {"percent": _is_number, "eta": _is_number, "rate": _is_number, "since": _is_time, "first": _is_first}
+MORE |= {"metric": _is_text, "cause": _is_text, "advice": _is_text}
+# Of the driver's last start.
+RUNNING, ENDED = {"pid": _is_pid, "since": _is_time}, {"ended": _is_time, "message": _is_text}
 
 
 def _is_state(state: Any) -> bool:
     """Whether this is what `update` writes; a full disk or a hand may have left something else."""
     if not isinstance(state, dict) or not isinstance(state.get("name"), str):
         return False
-    stages = state.get("stages")
-    return isinstance(stages, dict) and all(
+    stages, run = state.get("stages"), state.get("run", {})
+    if not isinstance(stages, dict) or not isinstance(run, dict):
+        return False
+    needs = {} if "outcome" not in run else RUNNING if run["outcome"] == "running" else ENDED | {"outcome": _is_text}
+    return all(holds(run.get(key)) for key, holds in needs.items()) and all(
         isinstance(entry, dict)
-        and all(isinstance(entry.get(key), kind) for key, kind in ENTRY.items())
-        and all(entry.get(key) is None or isinstance(entry[key], kind) for key, kind in MORE.items())
+        and all(holds(entry.get(key)) for key, holds in ENTRY.items())
+        and all(entry.get(key) is None or holds(entry[key]) for key, holds in MORE.items())
         for entry in stages.values()
     )
 
@@ -300,7 +326,7 @@ def render(state: dict[str, Any], quietness: bool = True) -> str:
 
 def run_line(run: dict[str, Any] | None) -> str:
     """What became of the last start of the driver, as far as it could say; empty where there was none."""
-    if not run:
+    if not run or "outcome" not in run:  # its beginning was in a state that has been damaged since
         return ""
     if run["outcome"] == "running":
         return f"driver: pid {run['pid']}, since {moment(run['since'])}; it writes this file at least once a minute"

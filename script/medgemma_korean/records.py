@@ -6,6 +6,7 @@ Writers are atomic: a file is written beside its place, flushed to disk and rena
 from __future__ import annotations
 
 import contextlib
+import errno
 import glob
 import gzip
 import hashlib
@@ -95,8 +96,8 @@ def read_json(path: Path) -> Any:
         raise PipelineError(f"{path}: not UTF-8 (byte {error.start}); save it as UTF-8") from None
     except json.JSONDecodeError as error:
         raise PipelineError(f"{path}, line {error.lineno}: not valid JSON ({error.msg}); bring it anew") from None
-    except RecursionError:
-        raise PipelineError(f"{path}: JSON nested too deeply; bring it anew") from None
+    except (ValueError, RecursionError) as error:
+        raise PipelineError(f"{path}: {json_reason(error)}; bring it anew") from None
 
 
 def read_object(path: Path, *needs: str, repair: str = "bring it anew") -> dict[str, Any]:
@@ -318,6 +319,44 @@ def write_text(path: Path, text: str) -> None:
 def write_bytes(path: Path, content: bytes) -> None:
     with atomic_open(path) as file:
         file.buffer.write(content)
+
+
+# A filesystem that cannot be asked, or that nothing waits for.
+NO_FSYNC = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EROFS)
+
+
+def settle(*paths: Path) -> None:
+    """Put files, and folders with all that is in them, on the disk, with the names that they have in their folders.
+
+    What vouches for them is written after this: a record must not outlive a power cut that its weights do not. Links
+    are left alone. Raises OSError where the disk is full or fails.
+    """
+    for path in (path for path in paths if not path.is_symlink()):
+        if path.is_dir():
+            for here, _, names in os.walk(path, topdown=False, onerror=_raise):
+                for file in (Path(here, name) for name in names):
+                    if file.is_file() and not file.is_symlink():
+                        _fsync(file)
+                _fsync(Path(here))
+        else:
+            _fsync(path)
+        _fsync(path.parent)
+
+
+def _raise(error: OSError) -> None:
+    raise error
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in NO_FSYNC:
+            error.filename = error.filename or str(path)
+            raise
+    finally:
+        os.close(descriptor)
 
 
 def share(path: Path) -> None:

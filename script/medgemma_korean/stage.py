@@ -125,6 +125,14 @@ def read_record(path: Path) -> dict[str, Any] | None:
     return record
 
 
+def require_linked(folder: Path) -> None:
+    """Raise PipelineError where a folder is a link to what is not there: nothing could be published under its name."""
+    if folder.is_symlink() and not folder.exists():
+        raise PipelineError(
+            f"{show(folder)}: a link to {os.readlink(folder)}, which is not there; mount that disk, or remove the link"
+        )
+
+
 def no_record(path: Path, why: str = "") -> PipelineError:
     return PipelineError(
         f"{show(path)}: not a stage record, or a damaged one{f' ({why})' if why else ''}; "
@@ -262,10 +270,12 @@ class Stage:
     def already_complete(self) -> int | None:
         """0 when this stage is complete with the same fingerprint (3 if its gate failed), None when it must run.
 
-        Raises PipelineError when an input is absent or incomplete, or when a complete result differs and `force`
-        was not given; where it must run also when an input is not what was made (GateError when its gate failed):
-        libraries that load a damaged file have other words for it.
+        Raises PipelineError when an input is absent or incomplete, when a complete result differs and `force` was not
+        given, or when its folder is a link to nothing; where it must run also when an input is not what was made
+        (GateError when its gate failed): libraries that load a damaged file have other words for it.
         """
+        if self.record_inside:
+            require_linked(self.outputs[0])
         if _asking:
             raise _Asked(self)
         code = self._complete_already()
@@ -548,6 +558,7 @@ class Stage:
         records.share(self._work)
         if self.record_inside:
             beside = [path for path in self.beside if path.is_file()]
+            records.settle(self._work, *beside)
             record["outputs"] = describe([self._work], self._work) | describe(beside, self.outputs[0])
             records.write_sealed(self._work / RECORD_NAME, record)
             if old := records.move_aside(self.outputs[0]):
@@ -580,6 +591,7 @@ class Stage:
                 shutil.rmtree(output)  # left by a kill between renames; no record vouches for it
             os.replace(made, output)
         shutil.rmtree(self._work)
+        records.settle(*self.outputs)
         record["outputs"] = describe(self.outputs, self.paths.data)
         records.write_sealed(self.record_path, record)
 
@@ -644,6 +656,7 @@ def record_beside(file: Path) -> Path:
 
 def vouch(program: str, files: list[Path], seconds: float) -> None:
     """A record, beside the first of them, of files that no fingerprint guards: pages and tables, made anew at will."""
+    records.settle(*files)
     record_path = record_beside(files[0])
     identity = {"program": program, "format": 1, "settings": {}, "inputs": {}}
     home = files[0].parent

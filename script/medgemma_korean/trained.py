@@ -434,6 +434,7 @@ def _fresh_adapter(folder: Path, base: Path, profile: ModelProfile, second: bool
         shutil.rmtree(part, ignore_errors=True)  # of a kill
         ids = [] if second else base_model.new_ids(base)
         checkpoints.fresh_adapter(base, part, profile, second=second, new_ids=ids, seed=seed)
+        records.settle(part)
         part.rename(made)
     processes.wait()
     return made

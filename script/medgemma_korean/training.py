@@ -41,6 +41,7 @@ def mark_checkpoint(folder: Path, best: Path | None = None) -> None:
         raise AssertionError(f"{folder} lacks {', '.join(missing)}")
     files = [p for p in sorted(folder.iterdir()) if p.name != CHECKPOINT_MARK]
     files += sorted(best.iterdir()) if best else []
+    records.settle(folder, *([best] if best else []))  # torch and safetensors leave that to the system
     about = {os.path.relpath(p, folder): {"size": p.stat().st_size, "sha256": records.sha256(p)} for p in files}
     records.write_sealed(folder / CHECKPOINT_MARK, about)
 
@@ -473,8 +474,8 @@ def _train(
             finally:
                 cli.poll_for_stop(False)
             log_history, steps = trainer.state.log_history, trainer.state.global_step
-            stopped = processes.any_of(cli.stop_requested())
-            if stopped and steps < plan.steps and not plan.ended(_evaluations(log_history)):
+            # Also at the last step: scoring and publishing may take hours, and the same command goes on with them.
+            if processes.any_of(cli.stop_requested()):
                 raise Interrupted(f"checkpoint saved at step {steps} of {plan.steps}")
     finally:
         # What TRL and accelerate have put on the forward passes would be there twice after a second start.
@@ -593,6 +594,7 @@ def _save_adapter(model: Any, target: Path) -> None:
                 shutil.rmtree(old)  # the same step of a run that was killed before its checkpoint
     modeling.save_adapter(model, part)
     if processes.is_main():
+        records.settle(part)
         part.rename(target)
     processes.wait()
 

@@ -291,6 +291,14 @@ def free_memory(device: str | None) -> tuple[float, str]:
     return shapes.free_ram(), "main memory"
 
 
+def chosen_precision(file: Path, profile: ModelProfile) -> str:
+    """What a base's `precision.json` says; the profile's precision where there is none or a damaged one."""
+    with contextlib.suppress(PipelineError):
+        if (found := records.read_object(file, "precision")["precision"]) in tuple(shapes.BITS):
+            return found
+    return profile.precision
+
+
 def memory_of(
     stage: str, args: argparse.Namespace, profile: ModelProfile, paths: RunPaths, available: tuple[float, str]
 ) -> str:
@@ -301,9 +309,7 @@ def memory_of(
 
     second = stage == "train_02"
     base = (paths.another_lora_added if second else paths.raw_lora_added) / "base" / "precision.json"
-    precision = args.precision
-    if precision in (None, "auto"):
-        precision = records.read_json(base)["precision"] if base.is_file() else profile.precision
+    precision = args.precision if args.precision not in (None, "auto") else chosen_precision(base, profile)
     shards = args.processes if args.shard else 1
     settings = getattr(profile, TRAINED[stage])
     case = memory.case(profile, paths, settings, precision=precision, dtype=profile.dtype, second=second, shards=shards)
