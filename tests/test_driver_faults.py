@@ -382,7 +382,10 @@ def test_a_holder_is_known_by_pid_boot_and_start_time(paths):
     assert "was started on elsewhere; stop it there" in drive("--stop").stderr
 
 
-@pytest.mark.parametrize("damage", ["", "{", "[]", '{"pid": 3}'])
+ODD_TIME = '{"pid": 3, "started_ticks": 1, "boot_id": "x", "host": "y", "since": 1e300}'
+
+
+@pytest.mark.parametrize("damage", ["", "{", "[]", '{"pid": 3}', ODD_TIME])
 def test_a_damaged_holder_file_is_nobody(paths, damage):
     paths.logs.mkdir()
     paths.holder.write_text(damage)

@@ -66,6 +66,7 @@ MORE = {"percent": _is_number, "eta": _is_number, "rate": _is_number, "since": _
 MORE |= {"metric": _is_text, "cause": _is_text, "advice": _is_text}
 # Of the driver's last start.
 RUNNING, ENDED = {"pid": _is_pid, "since": _is_time}, {"ended": _is_time, "message": _is_text}
+HOLDER = {"pid": _is_pid, "since": _is_time, "host": _is_text}
 
 
 def _is_state(state: Any) -> bool:
@@ -401,8 +402,9 @@ def holder_of(paths: RunPaths) -> dict[str, Any] | None:
     """Who drives the run, or drove it and could not say that it ended; None where nobody did."""
     with contextlib.suppress(records.PipelineError):
         held = records.read_json(paths.holder)
-        if isinstance(held, dict) and {"pid", "started_ticks", "boot_id", "since", "host"} <= held.keys():
-            return held
+        if isinstance(held, dict) and {"started_ticks", "boot_id"} <= held.keys():
+            if all(holds(held.get(key)) for key, holds in HOLDER.items()):
+                return held
     return None
 
 
