@@ -24,6 +24,7 @@ import pytest
 
 # As the programs do (cli.start_logging), for what torch computes in this process: set before it is imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+os.environ.setdefault("GOMP_SPINCOUNT", "0")  # two tests run at once
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 SAMPLE_RAW = REPOSITORY / "data" / "sample" / "01_raw"

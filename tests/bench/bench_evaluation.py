@@ -24,7 +24,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 import statistics
 import sys
 import time
@@ -186,8 +185,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     args = make_parser().parse_args(argv)
-    for name in cli.QUIET_LOGGERS:
-        logging.getLogger(name).setLevel(logging.ERROR)
+    cli.quiet_libraries()
     modeling.set_up_torch(1)
     found: dict[str, Any] = {}
     if args.only != "speed":  # first, while nothing else is in memory
