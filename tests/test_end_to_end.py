@@ -69,19 +69,6 @@ def test_ends_with_the_table_and_names_the_report(finished):
     assert (root / "model" / "report" / "tiny" / "index.html").is_file()
 
 
-def test_the_report_opens_the_test_split_once(finished):
-    root, result = finished
-    folder = root / "model" / "report" / "tiny"
-    (look,) = json.loads((folder / "test_looks.json").read_text())
-    assert list(look["models"]) == ["base", "02"] and "look 1 at the test split" in result.stdout
-    found = json.loads((folder / "validation" / "test-letter.json").read_text())
-    assert [m["mcq"]["n"] for m in found["models"].values()] == [30, 30]
-    assert found["models"]["02"]["against_first"]["before"] == "base"
-    again = program(root, "evaluate/report.py")
-    assert again.returncode == 0 and "already complete" in again.stdout
-    assert len(json.loads((folder / "test_looks.json").read_text())) == 1
-
-
 def test_every_stage_is_complete_in_the_progress_file(finished):
     root, _ = finished
     text = (root / "logs" / "progress_tiny.txt").read_text()
@@ -224,6 +211,19 @@ def test_log_is_short_and_clean(finished):
     text = (root / "logs" / "pipeline_tiny.log").read_text()
     assert "\x1b" not in text and "it/s]" not in text and "Warning" not in text
     assert text.count("\n") < 300
+
+
+def test_the_report_opens_the_test_split_once(finished):
+    root, result = finished
+    folder = root / "model" / "report" / "tiny"
+    (look,) = json.loads((folder / "test_looks.json").read_text())
+    assert list(look["models"]) == ["base", "02"] and "look 1 at the test split" in result.stdout
+    found = json.loads((folder / "validation" / "test-letter.json").read_text())
+    assert [m["mcq"]["n"] for m in found["models"].values()] == [30, 30]
+    assert found["models"]["02"]["against_first"]["before"] == "base"
+    again = program(root, "evaluate/report.py")
+    assert again.returncode == 0 and "already complete" in again.stdout
+    assert len(json.loads((folder / "test_looks.json").read_text())) == 1
 
 
 def test_stderr_is_quiet(finished):
