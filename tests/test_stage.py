@@ -1,6 +1,7 @@
 """The stage record: complete, again, differs, force, interrupted, resumed, altered upstream, gate."""
 
 import errno
+import fcntl
 import json
 import os
 import re
@@ -439,6 +440,16 @@ def test_one_process_at_a_time_and_a_kill_frees_the_stage(paths):
     process.communicate()
     assert run_refine(paths) is None and not list(paths.refined.glob(".stages/*.lock"))
     assert run_train(paths) is None and not list(paths.trained_00.parent.glob(".*"))
+
+
+def test_a_lock_that_a_kill_left_beside_a_complete_stage_goes_away_unless_it_is_held(paths):
+    run_refine(paths)
+    lock = paths.refined / ".stages/refine_00_plain_text.lock"
+    lock.write_text("1\n")
+    with open(lock) as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        assert run_refine(paths) == 0 and lock.read_text() == "1\n"
+    assert run_refine(paths) == 0 and not lock.exists()
 
 
 def test_a_stage_that_another_process_finished_meanwhile_is_not_done_again(paths):

@@ -309,11 +309,24 @@ class Stage:
         if gate and not gate["passed"] and not self.allow_regression:
             log.error("already complete, and its gate failed: %s", "; ".join(gate["reasons"]))
             return EXIT_GATE
-        # A kill may have come between the renaming and the last step of `complete`.
-        if self.record_inside and processes.is_main():
-            (self.outputs[0] / ".identity.json").unlink(missing_ok=True)
+        # A kill may have come between the renaming and the last step of `complete`, or before the lock was given up.
+        if processes.is_main():
+            if self.record_inside:
+                (self.outputs[0] / ".identity.json").unlink(missing_ok=True)
+            self._remove_stale_lock()
         log.info("%s: already complete (%s)", self.program, show(self.record_path.parent))
         return EXIT_DONE
+
+    @property
+    def _lock_file(self) -> Path:
+        return self._work.with_name(f"{self._work.name.removesuffix('.partial')}.lock")
+
+    def _remove_stale_lock(self) -> None:
+        """Remove a lock file that nobody holds; one on a disk that is read-only does no harm."""
+        with contextlib.suppress(OSError):
+            if self._lock_file.is_file() and (file := _locked(self._lock_file) or -1) >= 0:
+                self._lock_file.unlink(missing_ok=True)
+                os.close(file)
 
     def _own_record(self) -> dict[str, Any] | None:
         """This stage's record; None where there is none, or a damaged one that --force makes anew."""
@@ -395,7 +408,7 @@ class Stage:
 
         Raises PipelineError while another process holds it, or when one has made the stage since we looked.
         """
-        path = self._work.with_name(f"{self._work.name.removesuffix('.partial')}.lock")
+        path = self._lock_file
         records.make_folder(path.parent)
         file = _locked(path)
         if file is None:
