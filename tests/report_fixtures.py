@@ -11,7 +11,7 @@ import torch_fixtures as tf
 
 from medgemma_korean import mcq, prompts, records, report
 from medgemma_korean.paths import RunPaths
-from medgemma_korean.stage import RECORD_NAME
+from medgemma_korean.stage import RECORD_NAME, vouch
 
 NAMES = ["base", "extended", "00", "01", "merged", "02"]
 HOSTILE = "<script>alert('x')</script> \"&amp;\" 답 </dd></div><img src=http://example.org/a.png onerror=x>"
@@ -140,6 +140,7 @@ def whole_run(name: str | None = None) -> RunPaths:
     }
     records.write_json(found.report / "validation" / "test-letter.json", validation)
     records.write_json(found.report / "test_looks.json", [{"mode": "letter"}] * 3)
+    vouch("validation_kor_med_test", [found.report / "test_looks.json"], 0.0)
     texts: list[str] = []
     for number, split in enumerate(("dev", "test"), 1):
         items = [

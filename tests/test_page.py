@@ -216,6 +216,12 @@ def test_gates_samples_data_and_test_looks_are_told(paths):
     assert ["learning_rate", "0.002", "0.003", "0.005"] in parsed.table("settings")
 
 
+def test_an_altered_count_of_looks_is_no_traceback(paths):
+    (paths.report / "test_looks.json").write_text("3")
+    with pytest.raises(PipelineError, match="test_looks.json: not as it was written"):
+        page.run_page(paths, tf.profile())
+
+
 def test_scores_of_earlier_weights_are_called_so(paths, monkeypatch):
     file = paths.report / "validation" / "dev-letter.json"
     score = evaluation_of("02", right=31)["mcq"]

@@ -45,7 +45,6 @@ PROGRAM = "validation_kor_med_test"
 ANSWERS = f"a .jsonl of {PROGRAM} or an evaluation.json"
 SEED = 17
 ANSWER_TOKENS = 64  # generate mode: a bare letter needs 2; an untrained model may add its option and a sentence
-CONTAMINATION = ("checked", "sources", "touched")  # of the ledger, what a summary repeats
 REASONING_TOKENS = 1024  # about twice the longest rationale that is trained
 
 
@@ -77,10 +76,7 @@ def count_look(paths: RunPaths, scores: Path, **what: Any) -> int:
 
     scores: what the look will write. Where it is not there, the last look was broken off, and the same one goes on.
     """
-    file = paths.report / "test_looks.json"
-    looks = records.read_json(file) if file.is_file() else []
-    if not isinstance(looks, list) or looks and not vouched(file):
-        raise PipelineError(f"{show(file)}: not as it was written; bring it back, or move it away to count anew")
+    file, looks = paths.report / "test_looks.json", evaluation.test_looks(paths)
     if looks and not vouched(scores) and {**looks[-1], "time": None} == {"time": None, **records.read_back(what)}:
         return len(looks)
     looks.append({"time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"), **what})
@@ -390,7 +386,7 @@ def with_earlier(file: Path, new: dict[str, dict[str, Any]], known: Mapping[str,
                 merged[name].setdefault("against_first", change)
         elif name in kept:
             merged[name].pop("against_first", None)
-    if any(earlier.get("contamination", {}).get(key) != known[key] for key in CONTAMINATION):
+    if any(earlier.get("contamination", {}).get(key) != known[key] for key in contamination.PARTS):
         for name in kept:
             merged[name].pop("contamination", None)  # other items are clean and touched now
     for names, what in (
@@ -478,7 +474,7 @@ def main(argv: list[str] | None = None) -> int:
         "exams": args.exams,
         "limit": args.limit,
         "test_looks": looks,
-        "contamination": {key: known[key] for key in CONTAMINATION},
+        "contamination": {key: known[key] for key in contamination.PARTS},
         "models": {name: {k: v for k, v in found.items() if k != "predictions"} for name, found in results.items()},
     }
     if not args.failed_questions:  # those are of one training, and of one call

@@ -19,6 +19,7 @@ from medgemma_korean.paths import RunPaths, show
 from medgemma_korean.stage import vouch, vouched
 from medgemma_korean.statistics import wilson
 
+PARTS = ("checked", "sources", "touched")  # of a ledger, what scores and report keep
 _BATCH = 2000  # rows searched at once
 
 

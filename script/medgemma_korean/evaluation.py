@@ -18,7 +18,7 @@ from medgemma_korean import tokenizer as tokenizers
 from medgemma_korean.cli import PipelineError
 from medgemma_korean.paths import RunPaths, show
 from medgemma_korean.profiles import ModelProfile
-from medgemma_korean.stage import RECORD_NAME, check_outputs, read_record
+from medgemma_korean.stage import RECORD_NAME, check_outputs, read_record, vouched
 
 # What is held out, by the name under which its bits per character are reported.
 LANGUAGES = ("korean", "medical", "english")
@@ -91,6 +91,15 @@ def require_held_out(paths: RunPaths) -> None:
             problems += [f"{wrong}; run: {item.repair} --force" for wrong in check_outputs(item.record)]
     if problems:
         raise PipelineError("\n".join(problems))
+
+
+def test_looks(paths: RunPaths) -> list[dict[str, Any]]:
+    """Every look at the test split of a run, the first one first. Raises PipelineError for a file that was altered."""
+    file = paths.report / "test_looks.json"
+    looks = records.read_json(file) if file.is_file() else []
+    if not isinstance(looks, list) or looks and not vouched(file):
+        raise PipelineError(f"{show(file)}: not as it was written; bring it back, or move it away to count anew")
+    return looks
 
 
 # the models of a run ------------------------------------------------------------------------------------

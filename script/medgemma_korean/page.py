@@ -561,11 +561,10 @@ def _contamination(derived: Source) -> list[Table]:
     known = derived.at("contamination")
     if not known:
         return []
-    whole = known.get("dev") or known["test"]
+    first = next(iter(known))  # every split was looked for in the same sources
     rows: list[list[Any]] = []
-    for name in whole["sources"]:
-        split = "dev" if "dev" in known else "test"
-        cells = [derived.number("count", "contamination", split, "sources", name, "rows")]
+    for name in known[first]["sources"]:
+        cells = [derived.number("count", "contamination", first, "sources", name, "rows")]
         cells += [derived.number("count", "contamination", split, "sources", name, "touched") for split in known]
         rows.append([name, *cells])
     together = [

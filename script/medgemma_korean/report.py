@@ -216,12 +216,6 @@ def test_scores_stand(paths: RunPaths, models: Sequence[str]) -> bool:
     return all(known.get(model.name, {}).get("weights") == model.weights() for model in now)
 
 
-def test_looks(paths: RunPaths) -> int:
-    """How often the test split was opened in this run."""
-    file = paths.report / "test_looks.json"
-    return len(records.read_json(file)) if file.is_file() else 0
-
-
 def contaminated(
     paths: RunPaths, profile: ModelProfile, found: Mapping[str, Mapping[str, Any]]
 ) -> dict[str, dict[str, Any]]:
@@ -235,7 +229,7 @@ def contaminated(
         if not file.is_file() or not (items := mcq.read_items(file, also=("id",))):
             continue
         known = contamination.ledger(paths, split, items, built=profile.tiny is not None)
-        result[split] = {key: known[key] for key in ("checked", "sources", "touched")}
+        result[split] = {key: known[key] for key in contamination.PARTS}
     if "dev" in result:
         touched = result["dev"]["touched"]
         result["dev"]["models"] = {
@@ -525,5 +519,5 @@ def summary(paths: RunPaths, profile: ModelProfile, others: Sequence[RunPaths] =
         "rationales": rationale_line(paths),
         "beside": beside([paths, *others]) if others else [],
         "contamination": contaminated(paths, profile, found),
-        "test_looks": test_looks(paths),
+        "test_looks": len(evaluation.test_looks(paths)),
     }
